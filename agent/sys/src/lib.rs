@@ -1,0 +1,1 @@
+//! Raw kernel interfaces: every unsafe block of the agent, without domain words.

@@ -1,0 +1,1 @@
+//! Client of one or many Longshore agents.
