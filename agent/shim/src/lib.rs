@@ -1,1 +1,3 @@
-//! The supervisor of one pod: outlives the agent, owns stdio, logs and exit codes.
+//! The supervisor of one pod. The agent imports [`wire`] and nothing else.
+
+pub mod wire;
