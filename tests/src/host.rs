@@ -33,7 +33,11 @@ impl Snapshot {
 
     /// The facts of one kind.
     pub fn of(&self, kind: &str) -> impl Iterator<Item = &str> {
-        self.facts.get(kind).into_iter().flatten().map(String::as_str)
+        self.facts
+            .get(kind)
+            .into_iter()
+            .flatten()
+            .map(String::as_str)
     }
 
     /// What `later` has more (`+`) and less (`-`).
@@ -44,8 +48,16 @@ impl Snapshot {
         for kind in kinds {
             let before = self.facts.get(*kind).unwrap_or(&none);
             let after = later.facts.get(*kind).unwrap_or(&none);
-            lines.extend(after.difference(before).map(|fact| format!("+ {kind}: {fact}")));
-            lines.extend(before.difference(after).map(|fact| format!("- {kind}: {fact}")));
+            lines.extend(
+                after
+                    .difference(before)
+                    .map(|fact| format!("+ {kind}: {fact}")),
+            );
+            lines.extend(
+                before
+                    .difference(after)
+                    .map(|fact| format!("- {kind}: {fact}")),
+            );
         }
         Difference { lines }
     }
@@ -113,10 +125,11 @@ impl Scope {
         let outside = fs::read_to_string("/proc/self/mountinfo")?;
         all.add(
             "mounts outside",
-            outside
-                .lines()
-                .filter_map(mount_fact)
-                .filter(|fact| self.dirs.iter().any(|dir| fact.starts_with(&*dir.to_string_lossy()))),
+            outside.lines().filter_map(mount_fact).filter(|fact| {
+                self.dirs
+                    .iter()
+                    .any(|dir| fact.starts_with(&*dir.to_string_lossy()))
+            }),
         );
         all.add("links", links(&self.machine)?);
         all.add("addresses", addresses(&self.machine)?);
@@ -204,7 +217,13 @@ fn mount_fact(line: &str) -> Option<String> {
     let (left, right) = line.split_once(" - ")?;
     let left: Vec<_> = left.split(' ').collect();
     let right: Vec<_> = right.split(' ').collect();
-    Some(format!("{} {} {} root {}", left.get(4)?, right.first()?, right.get(1)?, left.get(3)?))
+    Some(format!(
+        "{} {} {} root {}",
+        left.get(4)?,
+        right.first()?,
+        right.get(1)?,
+        left.get(3)?
+    ))
 }
 
 fn links(machine: &Machine) -> Result<Vec<String>> {
@@ -234,8 +253,18 @@ fn routes(machine: &Machine) -> Result<Vec<String>> {
         let text = machine.output("ip", &[family, "route", "show", "table", "all"])?;
         all.extend(
             text.lines()
-                .filter(|line| !line.contains("fe80:") && !line.contains("ff00::") && !line.contains("linkdown"))
-                .map(|line| line.split(" expires ").next().unwrap_or(line).trim().to_owned()),
+                .filter(|line| {
+                    !line.contains("fe80:")
+                        && !line.contains("ff00::")
+                        && !line.contains("linkdown")
+                })
+                .map(|line| {
+                    line.split(" expires ")
+                        .next()
+                        .unwrap_or(line)
+                        .trim()
+                        .to_owned()
+                }),
         );
     }
     Ok(all)
@@ -263,7 +292,9 @@ fn rules(machine: &Machine) -> Result<Vec<String>> {
 fn strip(value: &mut Value) {
     match value {
         Value::Object(map) => {
-            map.retain(|key, _| !matches!(key.as_str(), "handle" | "packets" | "bytes" | "expires"));
+            map.retain(|key, _| {
+                !matches!(key.as_str(), "handle" | "packets" | "bytes" | "expires")
+            });
             map.values_mut().for_each(strip);
         }
         Value::Array(list) => list.iter_mut().for_each(strip),
@@ -404,13 +435,19 @@ mod tests {
         let mut after = Snapshot::default();
         after.add("links", ["lo".to_owned()]);
         after.add("mounts", ["/x".to_owned()]);
-        assert_eq!(before.difference(&after).lines, ["- links: br0", "+ mounts: /x"]);
+        assert_eq!(
+            before.difference(&after).lines,
+            ["- links: br0", "+ mounts: /x"]
+        );
         assert!(before.difference(&before).is_empty());
     }
 
     #[test]
     fn mount_lines_become_facts() {
         let line = "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
-        assert_eq!(mount_fact(line).as_deref(), Some("/mnt2 ext3 /dev/root root /mnt1"));
+        assert_eq!(
+            mount_fact(line).as_deref(),
+            Some("/mnt2 ext3 /dev/root root /mnt1")
+        );
     }
 }

@@ -66,11 +66,14 @@ impl Layer {
         match self.packing {
             Packing::Plain => self.tar.clone(),
             Packing::Gzip => {
-                let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                let mut out =
+                    flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
                 out.write_all(&self.tar).expect("a Vec takes everything");
                 out.finish().expect("a Vec takes everything").into()
             }
-            Packing::Zstd => zstd::encode_all(&*self.tar, 1).expect("a Vec takes everything").into(),
+            Packing::Zstd => zstd::encode_all(&*self.tar, 1)
+                .expect("a Vec takes everything")
+                .into(),
         }
     }
 
@@ -106,7 +109,15 @@ impl LayerBuilder {
     }
 
     /// One entry with everything given; `path` and `link` go into the header as they are.
-    pub fn entry(mut self, kind: EntryType, path: &str, link: Option<&str>, mode: u32, owner: (u64, u64), data: &[u8]) -> Self {
+    pub fn entry(
+        mut self,
+        kind: EntryType,
+        path: &str,
+        link: Option<&str>,
+        mode: u32,
+        owner: (u64, u64),
+        data: &[u8],
+    ) -> Self {
         let mut header = Header::new_gnu();
         header.set_entry_type(kind);
         header.set_mode(mode);
@@ -133,7 +144,9 @@ impl LayerBuilder {
         self.tar
             .append_pax_extensions(extensions)
             .expect("a Vec takes everything");
-        self.tar.append(&header, data).expect("a Vec takes everything");
+        self.tar
+            .append(&header, data)
+            .expect("a Vec takes everything");
         self
     }
 
@@ -197,7 +210,9 @@ impl LayerBuilder {
         header.set_device_major(major).expect("a GNU header");
         header.set_device_minor(minor).expect("a GNU header");
         header.set_cksum();
-        self.tar.append(&header, &[][..]).expect("a Vec takes everything");
+        self.tar
+            .append(&header, &[][..])
+            .expect("a Vec takes everything");
         self
     }
 
@@ -211,7 +226,11 @@ impl LayerBuilder {
     /// The layer, packed with gzip.
     pub fn build(self) -> Layer {
         Layer {
-            tar: self.tar.into_inner().expect("a Vec takes everything").into(),
+            tar: self
+                .tar
+                .into_inner()
+                .expect("a Vec takes everything")
+                .into(),
             packing: Packing::Gzip,
         }
     }
@@ -255,7 +274,9 @@ impl ImageBuilder {
 
     /// Packs, digests and describes it all.
     pub fn build(self) -> Image {
-        let architecture = self.architecture.unwrap_or_else(|| architecture().to_owned());
+        let architecture = self
+            .architecture
+            .unwrap_or_else(|| architecture().to_owned());
         let mut blobs = Vec::new();
         let mut descriptors = Vec::new();
         let mut diff_ids = Vec::new();
@@ -277,7 +298,10 @@ impl ImageBuilder {
         let config = Bytes::from(config.to_string());
         let id = digest_of(&config);
         let (media_type, config_type) = if self.docker {
-            (DOCKER_MANIFEST, "application/vnd.docker.container.image.v1+json")
+            (
+                DOCKER_MANIFEST,
+                "application/vnd.docker.container.image.v1+json",
+            )
         } else {
             (OCI_MANIFEST, "application/vnd.oci.image.config.v1+json")
         };
@@ -363,10 +387,60 @@ const GROUP: &str = "root:x:0:\n\
 
 /// Programs of the host that the toolbox takes along where they exist; `sh` must.
 const TOOLS: &[&str] = &[
-    "sh", "ls", "cat", "echo", "sleep", "id", "env", "hostname", "stat", "ps", "grep", "sed", "head", "tail", "wc", "dd",
-    "mkdir", "rm", "ln", "chmod", "chown", "touch", "true", "false", "date", "mount", "umount", "uname", "readlink", "sort",
-    "tr", "seq", "kill", "tee", "yes", "timeout", "df", "test", "printf", "tty", "stty", "cut", "ip", "capsh", "unshare",
-    "nproc", "sha256sum", "find", "mknod", "du", "setsid", "nice", "basename", "sync",
+    "sh",
+    "ls",
+    "cat",
+    "echo",
+    "sleep",
+    "id",
+    "env",
+    "hostname",
+    "stat",
+    "ps",
+    "grep",
+    "sed",
+    "head",
+    "tail",
+    "wc",
+    "dd",
+    "mkdir",
+    "rm",
+    "ln",
+    "chmod",
+    "chown",
+    "touch",
+    "true",
+    "false",
+    "date",
+    "mount",
+    "umount",
+    "uname",
+    "readlink",
+    "sort",
+    "tr",
+    "seq",
+    "kill",
+    "tee",
+    "yes",
+    "timeout",
+    "df",
+    "test",
+    "printf",
+    "tty",
+    "stty",
+    "cut",
+    "ip",
+    "capsh",
+    "unshare",
+    "nproc",
+    "sha256sum",
+    "find",
+    "mknod",
+    "du",
+    "setsid",
+    "nice",
+    "basename",
+    "sync",
 ];
 
 fn find_tool(name: &str) -> Option<PathBuf> {
@@ -387,12 +461,18 @@ fn libraries(programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
         .lines()
         .filter_map(|line| {
             let (before, _address) = line.rsplit_once(" (0x")?;
-            let path = before.rsplit_once("=> ").map_or(before, |(_, path)| path).trim();
+            let path = before
+                .rsplit_once("=> ")
+                .map_or(before, |(_, path)| path)
+                .trim();
             path.starts_with('/').then(|| PathBuf::from(path))
         })
         .collect();
     if found.is_empty() {
-        bail!("ldd names no library: {}", String::from_utf8_lossy(&output.stderr));
+        bail!(
+            "ldd names no library: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     Ok(found)
 }
@@ -400,7 +480,10 @@ fn libraries(programs: &[PathBuf]) -> Result<BTreeSet<PathBuf>> {
 /// The layer with a shell's worth of the host's own tools, users and groups, and the page server.
 pub fn toolbox_layer() -> Result<Layer> {
     let mut layer = LayerBuilder::new();
-    for dir in ["bin", "etc", "root", "home", "proc", "sys", "dev", "mnt", "usr", "usr/bin", "var", "var/run", "srv"] {
+    for dir in [
+        "bin", "etc", "root", "home", "proc", "sys", "dev", "mnt", "usr", "usr/bin", "var",
+        "var/run", "srv",
+    ] {
         layer = layer.dir(dir);
     }
     layer = layer.dir_mode("tmp", 0o1777);
@@ -429,7 +512,11 @@ pub fn toolbox_layer() -> Result<Layer> {
     layer = layer
         .file("etc/passwd", 0o644, PASSWD)
         .file("etc/group", 0o644, GROUP)
-        .file("etc/nsswitch.conf", 0o644, "passwd: files\ngroup: files\nhosts: files dns\n");
+        .file(
+            "etc/nsswitch.conf",
+            0o644,
+            "passwd: files\ngroup: files\nhosts: files dns\n",
+        );
     let layer = layer.copy(&page_server()?, "bin/page-server")?;
     Ok(layer.build())
 }

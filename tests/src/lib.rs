@@ -64,12 +64,21 @@ pub fn page_server() -> Result<PathBuf> {
         return Ok(path.into());
     }
     let target = bin_dir()?;
-    let target = target.parent().context("the profile folder is in the target folder")?;
+    let target = target
+        .parent()
+        .context("the profile folder is in the target folder")?;
     let path = target.join("static/release/page-server");
     if !path.exists() {
         let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("page/Cargo.toml");
         let built = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-            .args(["rustc", "--quiet", "--release", "--bin", "page-server", "--manifest-path"])
+            .args([
+                "rustc",
+                "--quiet",
+                "--release",
+                "--bin",
+                "page-server",
+                "--manifest-path",
+            ])
             .arg(manifest)
             .arg("--target-dir")
             .arg(target.join("static"))

@@ -49,9 +49,11 @@ impl Machine {
     /// Without the rights of root.
     pub fn start() -> Result<Self> {
         let machine = Self::with(|| -> Result<()> {
-            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).context("unshare (are you root?)")?;
+            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
+                .context("unshare (are you root?)")?;
             let everything = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-            mount(None::<&str>, "/", None::<&str>, everything, None::<&str>).context("make mounts private")?;
+            mount(None::<&str>, "/", None::<&str>, everything, None::<&str>)
+                .context("make mounts private")?;
             let up = Command::new("ip")
                 .args(["link", "set", "lo", "up"])
                 .status()
@@ -155,9 +157,13 @@ pub fn fetch_page(machine: &Machine, address: SocketAddr) -> Result<String> {
     };
     machine.run(move || {
         let limit = Duration::from_secs(10);
-        let mut stream = TcpStream::connect_timeout(&address, limit).with_context(|| format!("connect to {address}"))?;
+        let mut stream = TcpStream::connect_timeout(&address, limit)
+            .with_context(|| format!("connect to {address}"))?;
         stream.set_read_timeout(Some(limit))?;
-        write!(stream, "GET / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+        write!(
+            stream,
+            "GET / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+        )?;
         let mut answer = String::new();
         stream
             .read_to_string(&mut answer)

@@ -12,7 +12,10 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail};
 use hyper_util::rt::TokioIo;
 use longshore_proto::{
-    cri::v1::{VersionRequest, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient},
+    cri::v1::{
+        VersionRequest, image_service_client::ImageServiceClient,
+        runtime_service_client::RuntimeServiceClient,
+    },
     longshore::v1::{self as longshore, node_service_client::NodeServiceClient},
 };
 use nix::{
@@ -133,7 +136,11 @@ impl Node {
             .arg("--run-dir")
             .arg(self.run_dir())
             .args(&self.flags)
-            .env("RUST_LOG", env::var("RUST_LOG").unwrap_or_else(|_| "debug,h2=info,hyper=info,rustls=info".to_owned()))
+            .env(
+                "RUST_LOG",
+                env::var("RUST_LOG")
+                    .unwrap_or_else(|_| "debug,h2=info,hyper=info,rustls=info".to_owned()),
+            )
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -148,19 +155,27 @@ impl Node {
     async fn await_ready(&mut self) -> Result<Channel> {
         let end = Instant::now() + START_LIMIT;
         loop {
-            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().transpose()) {
+            if let Some(status) = self
+                .child
+                .as_mut()
+                .and_then(|child| child.try_wait().transpose())
+            {
                 bail!("longshored ended with {}:\n{}", status?, self.log_tail());
             }
             let tried = async {
                 let channel = connect(&self.socket()).await?;
                 let request = VersionRequest::default();
-                RuntimeServiceClient::new(channel.clone()).version(request).await?;
+                RuntimeServiceClient::new(channel.clone())
+                    .version(request)
+                    .await?;
                 anyhow::Ok(channel)
             };
             match tried.await {
                 Ok(channel) => return Ok(channel),
                 Err(error) if Instant::now() > end => {
-                    return Err(error.context(format!("longshored does not answer:\n{}", self.log_tail())));
+                    return Err(
+                        error.context(format!("longshored does not answer:\n{}", self.log_tail()))
+                    );
                 }
                 Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
             }
@@ -241,7 +256,10 @@ impl Node {
     /// What `fsck` finds, one difference a line.
     pub async fn fsck(&self) -> Result<Vec<String>> {
         let request = longshore::FsckRequest::default();
-        let mut stream = NodeServiceClient::new(self.channel()).fsck(request).await?.into_inner();
+        let mut stream = NodeServiceClient::new(self.channel())
+            .fsck(request)
+            .await?
+            .into_inner();
         let mut found = Vec::new();
         while let Some(response) = stream.message().await? {
             let difference = response.difference.unwrap_or_default();
@@ -309,7 +327,11 @@ impl Node {
     pub fn scope(&self) -> Scope {
         Scope {
             machine: self.machine.clone(),
-            cgroups: if self.instance.is_empty() { String::new() } else { format!("longshore-{}", self.instance) },
+            cgroups: if self.instance.is_empty() {
+                String::new()
+            } else {
+                format!("longshore-{}", self.instance)
+            },
             commands: vec![self.run_dir().to_string_lossy().into_owned()],
             dirs: vec![self.data_dir(), self.run_dir()],
             namespaces: false,
@@ -324,7 +346,9 @@ impl Node {
 
     /// The node's snapshot, without the agent's own process, which a restart changes.
     fn snapshot(&self) -> Result<Snapshot> {
-        self.scope().snapshot().map(|snapshot| self.without_agent(&snapshot))
+        self.scope()
+            .snapshot()
+            .map(|snapshot| self.without_agent(&snapshot))
     }
 
     fn without_agent(&self, snapshot: &Snapshot) -> Snapshot {
@@ -344,7 +368,10 @@ impl Node {
 
     /// Fails with the difference unless everything is as it was at `mark_clean`.
     pub fn expect_clean(&self) -> Result<()> {
-        let before = self.baseline.as_ref().context("mark_clean was not called")?;
+        let before = self
+            .baseline
+            .as_ref()
+            .context("mark_clean was not called")?;
         let end = Instant::now() + SETTLE_LIMIT;
         loop {
             let difference = before.difference(&self.snapshot()?);
@@ -392,7 +419,10 @@ const KINDS: &[&str] = &[
 impl Drop for Node {
     fn drop(&mut self) {
         if thread::panicking() {
-            eprintln!("--- longshored's log, last lines ---\n{}\n---", self.log_tail());
+            eprintln!(
+                "--- longshored's log, last lines ---\n{}\n---",
+                self.log_tail()
+            );
         }
         let _dead = self.kill();
         // What is left is ours alone: shims and containers of this instance.

@@ -86,7 +86,11 @@ pub fn security(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerSe
 
 /// The resources of a container, made if need be.
 pub fn resources(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerResources {
-    config.linux.get_or_insert_default().resources.get_or_insert_default()
+    config
+        .linux
+        .get_or_insert_default()
+        .resources
+        .get_or_insert_default()
 }
 
 /// A container of `image` that runs `command`.
@@ -197,24 +201,43 @@ impl Bench {
     pub async fn run(&mut self, mut config: cri::PodSandboxConfig) -> Result<Pod> {
         if config.log_directory.is_empty() {
             let name = config.metadata.clone().unwrap_or_default().uid;
-            config.log_directory = self.node.log_dir().join(name).to_string_lossy().into_owned();
+            config.log_directory = self
+                .node
+                .log_dir()
+                .join(name)
+                .to_string_lossy()
+                .into_owned();
         }
         let request = cri::RunPodSandboxRequest {
             config: Some(config.clone()),
             ..Default::default()
         };
-        let id = self.runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+        let id = self
+            .runtime
+            .run_pod_sandbox(request)
+            .await?
+            .into_inner()
+            .pod_sandbox_id;
         Ok(Pod { id, config })
     }
 
     /// Creates a container.
-    pub async fn create(&mut self, pod: &Pod, config: cri::ContainerConfig) -> Result<String, tonic::Status> {
+    pub async fn create(
+        &mut self,
+        pod: &Pod,
+        config: cri::ContainerConfig,
+    ) -> Result<String, tonic::Status> {
         let request = cri::CreateContainerRequest {
             pod_sandbox_id: pod.id.clone(),
             config: Some(config),
             sandbox_config: Some(pod.config.clone()),
         };
-        Ok(self.runtime.create_container(request).await?.into_inner().container_id)
+        Ok(self
+            .runtime
+            .create_container(request)
+            .await?
+            .into_inner()
+            .container_id)
     }
 
     /// Starts a container.
@@ -233,7 +256,11 @@ impl Bench {
     }
 
     /// Runs a script in the toolbox to its end; answers status and output.
-    pub async fn run_script(&mut self, pod: &Pod, text: &str) -> Result<(cri::ContainerStatus, String)> {
+    pub async fn run_script(
+        &mut self,
+        pod: &Pod,
+        text: &str,
+    ) -> Result<(cri::ContainerStatus, String)> {
         let config = script(&format!("script-{}", unique()), &self.toolbox.clone(), text);
         self.run_to_end(pod, config).await
     }
@@ -273,7 +300,11 @@ impl Bench {
 
     /// First address of a pod, and the others.
     pub async fn addresses(&mut self, pod: &Pod) -> Result<Vec<IpAddr>> {
-        let network = self.pod_status(pod).await?.network.context("a network status")?;
+        let network = self
+            .pod_status(pod)
+            .await?
+            .network
+            .context("a network status")?;
         let others = network.additional_ips.into_iter().map(|other| other.ip);
         std::iter::once(network.ip)
             .chain(others)
@@ -298,7 +329,12 @@ impl Bench {
     }
 
     /// Runs a command in a container.
-    pub async fn exec(&mut self, id: &str, command: &[&str], timeout: i64) -> Result<cri::ExecSyncResponse, tonic::Status> {
+    pub async fn exec(
+        &mut self,
+        id: &str,
+        command: &[&str],
+        timeout: i64,
+    ) -> Result<cri::ExecSyncResponse, tonic::Status> {
         let request = cri::ExecSyncRequest {
             container_id: id.to_owned(),
             cmd: command.iter().map(|word| (*word).to_owned()).collect(),
@@ -313,7 +349,10 @@ impl Bench {
         let output = String::from_utf8_lossy(&response.stdout).into_owned();
         if response.exit_code != 0 {
             let error = String::from_utf8_lossy(&response.stderr);
-            bail!("{text:?} exits with {}: {output}{error}", response.exit_code);
+            bail!(
+                "{text:?} exits with {}: {output}{error}",
+                response.exit_code
+            );
         }
         Ok(output)
     }
@@ -358,7 +397,10 @@ impl Bench {
 
     /// The end of a test: removes all pods, and expects that nothing is left of them.
     pub async fn finish(mut self) -> Result<()> {
-        let pods = self.runtime.list_pod_sandbox(cri::ListPodSandboxRequest::default()).await?;
+        let pods = self
+            .runtime
+            .list_pod_sandbox(cri::ListPodSandboxRequest::default())
+            .await?;
         for item in pods.into_inner().items {
             let pod = Pod {
                 id: item.id,
@@ -380,7 +422,11 @@ pub struct Pod {
 }
 
 /// Pulls a reference through CRI; answers the image's id.
-pub async fn pull(images: &mut ImageService, reference: &str, auth: Option<cri::AuthConfig>) -> Result<String> {
+pub async fn pull(
+    images: &mut ImageService,
+    reference: &str,
+    auth: Option<cri::AuthConfig>,
+) -> Result<String> {
     let request = cri::PullImageRequest {
         image: Some(cri::ImageSpec {
             image: reference.to_owned(),

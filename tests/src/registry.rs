@@ -253,7 +253,13 @@ impl Registry {
     }
 
     /// Keeps a manifest or index under a tag (or any digest) and under its own digest, which it answers.
-    pub fn put_manifest(&self, repository: &str, reference: &str, media_type: &str, bytes: impl Into<Bytes>) -> String {
+    pub fn put_manifest(
+        &self,
+        repository: &str,
+        reference: &str,
+        media_type: &str,
+        bytes: impl Into<Bytes>,
+    ) -> String {
         let bytes = bytes.into();
         let digest = digest_of(&bytes);
         let mut shelf = self.shared.shelf();
@@ -279,11 +285,13 @@ impl Registry {
     ///
     /// Blobs are read from the directory as they are asked for.
     pub fn serve_layout(&self, dir: &Path, repository: &str) -> Result<()> {
-        let index: serde_json::Value =
-            serde_json::from_slice(&fs::read(dir.join("index.json"))?).context("index.json of the image layout")?;
+        let index: serde_json::Value = serde_json::from_slice(&fs::read(dir.join("index.json"))?)
+            .context("index.json of the image layout")?;
         for entry in index["manifests"].as_array().into_iter().flatten() {
             let digest = entry["digest"].as_str().context("digest of a manifest")?;
-            let media_type = entry["mediaType"].as_str().context("mediaType of a manifest")?;
+            let media_type = entry["mediaType"]
+                .as_str()
+                .context("mediaType of a manifest")?;
             let tag = entry["annotations"]["org.opencontainers.image.ref.name"]
                 .as_str()
                 .unwrap_or("latest");
@@ -303,7 +311,11 @@ impl Registry {
 
     /// Lets `fault` happen `times` (`None`: from now on) to the requests that `on` names.
     pub fn fault(&self, on: On, fault: Fault, times: Option<u32>) {
-        self.shared.shelf().faults.push(Armed { on, fault, left: times });
+        self.shared.shelf().faults.push(Armed {
+            on,
+            fault,
+            left: times,
+        });
     }
 
     /// Ends all faults.
@@ -327,7 +339,9 @@ impl Registry {
 
 fn blob_path(dir: &Path, digest: &str) -> Result<PathBuf> {
     match digest.strip_prefix("sha256:") {
-        Some(hex) if hex.bytes().all(|b| b.is_ascii_hexdigit()) => Ok(dir.join("blobs/sha256").join(hex)),
+        Some(hex) if hex.bytes().all(|b| b.is_ascii_hexdigit()) => {
+            Ok(dir.join("blobs/sha256").join(hex))
+        }
         _ => bail!("{digest}: not a sha256 digest"),
     }
 }
@@ -367,7 +381,15 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
         .map(str::to_owned);
     let authorized = request.headers().contains_key(header::AUTHORIZATION);
     let query = request.uri().query().unwrap_or_default().to_owned();
-    let response = route(&shared, &method, &path, &query, request.headers(), range.as_deref()).await;
+    let response = route(
+        &shared,
+        &method,
+        &path,
+        &query,
+        request.headers(),
+        range.as_deref(),
+    )
+    .await;
     shared.shelf().seen.push(Seen {
         method: method.to_string(),
         path,
@@ -395,7 +417,8 @@ fn parse(path: &str) -> Option<Asked<'_>> {
     if let Some((repository, reference)) = rest.rsplit_once("/manifests/") {
         return Some(Asked::Manifest(repository, reference));
     }
-    rest.rsplit_once("/blobs/").map(|(_, digest)| Asked::Blob(digest))
+    rest.rsplit_once("/blobs/")
+        .map(|(_, digest)| Asked::Blob(digest))
 }
 
 async fn route(
@@ -407,7 +430,11 @@ async fn route(
     range: Option<&str>,
 ) -> Response {
     if method != Method::GET && method != Method::HEAD {
-        return failure(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", "this registry is read-only");
+        return failure(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "UNSUPPORTED",
+            "this registry is read-only",
+        );
     }
     let Some(asked) = parse(path) else {
         return failure(StatusCode::NOT_FOUND, "NAME_UNKNOWN", path);
@@ -420,7 +447,9 @@ async fn route(
                 let code = StatusCode::from_u16(*code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
                 let mut response = failure(code, "TOOMANYREQUESTS", "as the test wishes");
                 if let Some(seconds) = retry_after {
-                    response.headers_mut().insert(header::RETRY_AFTER, (*seconds).into());
+                    response
+                        .headers_mut()
+                        .insert(header::RETRY_AFTER, (*seconds).into());
                 }
                 return response;
             }
@@ -433,7 +462,9 @@ async fn route(
         return refusal;
     }
     match asked {
-        Asked::Ping => ([("Docker-Distribution-Api-Version", "registry/2.0")], "{}").into_response(),
+        Asked::Ping => {
+            ([("Docker-Distribution-Api-Version", "registry/2.0")], "{}").into_response()
+        }
         Asked::Token => token(shared, query, headers),
         Asked::Manifest(repository, reference) => {
             let found = shared
@@ -469,7 +500,9 @@ fn meet(shared: &Shared, asked: &Asked<'_>) -> Vec<Fault> {
     let mut met = Vec::new();
     for armed in &mut shared.shelf().faults {
         let hit = match (&armed.on, asked) {
-            (On::Manifests, Asked::Manifest(..)) | (On::Blobs, Asked::Blob(_)) | (On::Tokens, Asked::Token) => true,
+            (On::Manifests, Asked::Manifest(..))
+            | (On::Blobs, Asked::Blob(_))
+            | (On::Tokens, Asked::Token) => true,
             (On::Digest(digest), Asked::Manifest(_, asked) | Asked::Blob(asked)) => digest == asked,
             _ => false,
         };
@@ -509,7 +542,11 @@ fn refuse(shared: &Shared, asked: &Asked<'_>, headers: &HeaderMap) -> Option<Res
             )
         }
     };
-    let mut response = failure(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "authentication required");
+    let mut response = failure(
+        StatusCode::UNAUTHORIZED,
+        "UNAUTHORIZED",
+        "authentication required",
+    );
     response.headers_mut().insert(
         header::WWW_AUTHENTICATE,
         challenge.parse().expect("made of visible characters"),
@@ -528,11 +565,22 @@ fn token(shared: &Shared, query: &str, headers: &HeaderMap) -> Response {
     if let Auth::Token(Some((user, password))) = &shared.auth
         && sent != Some(&basic(user, password))
     {
-        return failure(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "wrong user name or password");
+        return failure(
+            StatusCode::UNAUTHORIZED,
+            "UNAUTHORIZED",
+            "wrong user name or password",
+        );
     }
-    let token = format!("token-{}", shared.next_token.fetch_add(1, Ordering::Relaxed));
-    shared.shelf().tokens.insert(token.clone(), query.to_owned());
-    axum::Json(serde_json::json!({"token": token, "access_token": token, "expires_in": 300})).into_response()
+    let token = format!(
+        "token-{}",
+        shared.next_token.fetch_add(1, Ordering::Relaxed)
+    );
+    shared
+        .shelf()
+        .tokens
+        .insert(token.clone(), query.to_owned());
+    axum::Json(serde_json::json!({"token": token, "access_token": token, "expires_in": 300}))
+        .into_response()
 }
 
 fn failure(status: StatusCode, code: &str, message: &str) -> Response {
@@ -540,7 +588,13 @@ fn failure(status: StatusCode, code: &str, message: &str) -> Response {
     (status, axum::Json(body)).into_response()
 }
 
-fn body(bytes: Bytes, media_type: &str, range: Option<&str>, faults: &[Fault], method: &Method) -> Response {
+fn body(
+    bytes: Bytes,
+    media_type: &str,
+    range: Option<&str>,
+    faults: &[Fault],
+    method: &Method,
+) -> Response {
     let total = bytes.len();
     let no_ranges = faults.iter().any(|fault| matches!(fault, Fault::NoRanges));
     let digest = digest_of(&bytes);
@@ -621,7 +675,10 @@ fn parse_range(range: &str, total: usize) -> Option<(usize, usize)> {
     let (from, to) = match (from, to) {
         ("", last) => (total.checked_sub(last.parse().ok()?)?, total),
         (from, "") => (from.parse().ok()?, total),
-        (from, to) => (from.parse().ok()?, to.parse::<usize>().ok()?.checked_add(1)?.min(total)),
+        (from, to) => (
+            from.parse().ok()?,
+            to.parse::<usize>().ok()?.checked_add(1)?.min(total),
+        ),
     };
     (from < to && to <= total).then_some((from, to))
 }
@@ -643,7 +700,11 @@ pub async fn push_to(url: &str, name: &str, image: &Image) -> Result<()> {
             .context("the registry names no upload location")?
             .to_str()?
             .to_owned();
-        let location = if location.starts_with('/') { format!("{url}{location}") } else { location };
+        let location = if location.starts_with('/') {
+            format!("{url}{location}")
+        } else {
+            location
+        };
         let separator = if location.contains('?') { '&' } else { '?' };
         client
             .put(format!("{location}{separator}digest={digest}"))
@@ -683,8 +744,14 @@ mod tests {
     #[test]
     fn paths_name_what_is_asked() {
         assert!(matches!(parse("/v2/"), Some(Asked::Ping)));
-        assert!(matches!(parse("/v2/a/b/manifests/1"), Some(Asked::Manifest("a/b", "1"))));
-        assert!(matches!(parse("/v2/a/blobs/sha256:00"), Some(Asked::Blob("sha256:00"))));
+        assert!(matches!(
+            parse("/v2/a/b/manifests/1"),
+            Some(Asked::Manifest("a/b", "1"))
+        ));
+        assert!(matches!(
+            parse("/v2/a/blobs/sha256:00"),
+            Some(Asked::Blob("sha256:00"))
+        ));
         assert!(parse("/v1/").is_none());
     }
 }

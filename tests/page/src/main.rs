@@ -36,7 +36,9 @@ fn main() -> ExitCode {
 fn serve(address: &str) -> io::Result<()> {
     // A pod without IPv6 has no `::`.
     let listener = match TcpListener::bind(address) {
-        Err(_) if address.starts_with("[::]") => TcpListener::bind(address.replace("[::]", "0.0.0.0"))?,
+        Err(_) if address.starts_with("[::]") => {
+            TcpListener::bind(address.replace("[::]", "0.0.0.0"))?
+        }
         bound => bound?,
     };
     say(&format!("serving on {}", listener.local_addr()?));

@@ -28,7 +28,13 @@ pub(crate) fn root_tar(workspace: &Workspace) -> Result<PathBuf, String> {
         .check()
         .and_then(|()| {
             Run::new("tar")
-                .args(["--numeric-owner", "--xattrs", "--exclude=./var/cache/apt", "--exclude=./var/lib/apt", "-cf"])
+                .args([
+                    "--numeric-owner",
+                    "--xattrs",
+                    "--exclude=./var/cache/apt",
+                    "--exclude=./var/lib/apt",
+                    "-cf",
+                ])
                 .arg(&unfinished)
                 .arg("-C")
                 .arg(&root)
@@ -43,7 +49,8 @@ pub(crate) fn root_tar(workspace: &Workspace) -> Result<PathBuf, String> {
 
 /// Suite and mirror that the host's apt uses.
 fn source() -> Result<(String, String), String> {
-    let release = fs::read_to_string("/etc/os-release").map_err(|error| format!("/etc/os-release: {error}"))?;
+    let release = fs::read_to_string("/etc/os-release")
+        .map_err(|error| format!("/etc/os-release: {error}"))?;
     let suite = release
         .lines()
         .find_map(|line| line.strip_prefix("VERSION_CODENAME="))

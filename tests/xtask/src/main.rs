@@ -56,7 +56,15 @@ fn main() -> ExitCode {
 fn page(workspace: &Workspace) -> Step {
     workspace
         .cargo("rustc")
-        .args(["--quiet", "--release", "--package", "longshore-page", "--bin", "page-server", "--target-dir"])
+        .args([
+            "--quiet",
+            "--release",
+            "--package",
+            "longshore-page",
+            "--bin",
+            "page-server",
+            "--target-dir",
+        ])
         .arg(workspace.target.join("static"))
         .args(["--", "-C", "target-feature=+crt-static"])
         .env_remove("RUSTFLAGS")
@@ -69,10 +77,17 @@ fn demo(args: &[String]) -> Step {
     packages::install(packages::BUILD, true)?;
     packages::install(packages::DEMO, true)?;
     eprintln!("building (the first time takes some minutes)");
-    workspace.cargo("build").args(["--workspace", "--bins"]).check()?;
+    workspace
+        .cargo("build")
+        .args(["--workspace", "--bins"])
+        .check()?;
     page(&workspace)?;
     // Takes our place, so that Ctrl-C reaches the demo alone and it can clean up.
-    let error = workspace.program("debug", "longshore-demo").args(args).0.exec();
+    let error = workspace
+        .program("debug", "longshore-demo")
+        .args(args)
+        .0
+        .exec();
     Err(format!("longshore-demo: {error}"))
 }
 
@@ -87,6 +102,10 @@ fn bench(args: &[String]) -> Step {
         .args(["--release", "--workspace", "--bins"])
         .check()?;
     page(&workspace)?;
-    let error = workspace.program("release", "longshore-bench").args(args).0.exec();
+    let error = workspace
+        .program("release", "longshore-bench")
+        .args(args)
+        .0
+        .exec();
     Err(format!("longshore-bench: {error}"))
 }

@@ -76,7 +76,8 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
         .map(|dir| dir.join(program))
         .find(|file| {
-            fs::metadata(file).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+            fs::metadata(file)
+                .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
         })
 }
 
@@ -151,7 +152,11 @@ pub(crate) fn list() {
         ("benchmark", BENCH),
     ] {
         let names = missing(packages);
-        let shown = if names.is_empty() { "nothing missing".to_owned() } else { names.join(" ") };
+        let shown = if names.is_empty() {
+            "nothing missing".to_owned()
+        } else {
+            names.join(" ")
+        };
         println!("{label}: {shown}");
     }
 }

@@ -25,7 +25,8 @@ impl Workspace {
             .find(|dir| dir.join("Cargo.lock").exists())
             .ok_or("no Cargo.lock above tests/xtask")?
             .to_owned();
-        let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |dir| root.join(dir));
+        let target = env::var_os("CARGO_TARGET_DIR")
+            .map_or_else(|| root.join("target"), |dir| root.join(dir));
         Ok(Self { root, target })
     }
 

@@ -91,7 +91,14 @@ fn checks(workspace: &Workspace, skipped: &mut Skipped) -> Step {
     workspace.cargo("fmt").args(["--all", "--check"]).check()?;
     workspace
         .cargo("clippy")
-        .args(["--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])
+        .args([
+            "--quiet",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ])
         .check()?;
     if packages::find("cargo-deny").is_some() {
         workspace
@@ -101,7 +108,10 @@ fn checks(workspace: &Workspace, skipped: &mut Skipped) -> Step {
             .args(["bans", "licenses", "sources"])
             .check()?;
     } else {
-        skipped.add("licences and sources of dependencies", "cargo-deny is not installed");
+        skipped.add(
+            "licences and sources of dependencies",
+            "cargo-deny is not installed",
+        );
     }
     if packages::find("buf").is_some() {
         let mut lint = Run::new("buf").arg("lint");
@@ -114,7 +124,10 @@ fn checks(workspace: &Workspace, skipped: &mut Skipped) -> Step {
 }
 
 fn build(workspace: &Workspace) -> Step {
-    workspace.cargo("build").args(["--workspace", "--all-targets"]).check()?;
+    workspace
+        .cargo("build")
+        .args(["--workspace", "--all-targets"])
+        .check()?;
     page(workspace)
 }
 
@@ -125,13 +138,21 @@ fn tests(workspace: &Workspace, wishes: &Wishes, skipped: &mut Skipped) -> Step 
     let mut run = if nextest {
         workspace.cargo("nextest").args(["run", "--workspace"])
     } else {
-        workspace.cargo("test").args(["--workspace", "--all-targets", "--no-fail-fast"])
+        workspace
+            .cargo("test")
+            .args(["--workspace", "--all-targets", "--no-fail-fast"])
     };
     if wishes.quick {
         skipped.add("end-to-end tests", "as asked");
-        run = if nextest { run.args(["-E", "not binary(it)"]) } else { run.args(["--lib", "--bins"]) };
+        run = if nextest {
+            run.args(["-E", "not binary(it)"])
+        } else {
+            run.args(["--lib", "--bins"])
+        };
     } else if !is_root() {
-        return Err("the tests make namespaces and cgroups: run them as root (or --quick)".to_owned());
+        return Err(
+            "the tests make namespaces and cgroups: run them as root (or --quick)".to_owned(),
+        );
     } else {
         match debian::root_tar(workspace) {
             Ok(tar) => run = run.env("LONGSHORE_DEBIAN_TAR", tar),
@@ -144,7 +165,10 @@ fn tests(workspace: &Workspace, wishes: &Wishes, skipped: &mut Skipped) -> Step 
         .env("LONGSHORE_SKIPS", &skips)
         .check()?;
     if nextest {
-        workspace.cargo("test").args(["--quiet", "--workspace", "--doc"]).check()?;
+        workspace
+            .cargo("test")
+            .args(["--quiet", "--workspace", "--doc"])
+            .check()?;
     }
     let left: Vec<_> = world().difference(&before).cloned().collect();
     if !left.is_empty() {
@@ -168,7 +192,8 @@ fn read_skips(path: &Path, place: &str, skipped: &mut Skipped) {
 /// What a test run must leave as it was: mounts, links, rules, and everything with our name.
 fn world() -> BTreeSet<String> {
     let mut all = BTreeSet::new();
-    let mut add = |kind: &str, text: String| all.extend(text.lines().map(|line| format!("{kind}: {line}")));
+    let mut add =
+        |kind: &str, text: String| all.extend(text.lines().map(|line| format!("{kind}: {line}")));
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     add("mount", mounts);
     let links = fs::read_to_string("/proc/net/dev").unwrap_or_default();
@@ -180,7 +205,13 @@ fn world() -> BTreeSet<String> {
             .collect(),
     );
     if let Some(nft) = packages::find("nft") {
-        add("nft", Run::new(nft).args(["list", "tables"]).output().unwrap_or_default());
+        add(
+            "nft",
+            Run::new(nft)
+                .args(["list", "tables"])
+                .output()
+                .unwrap_or_default(),
+        );
     }
     let mut dirs = vec![PathBuf::from("/sys/fs/cgroup")];
     let mut cgroups = String::new();
@@ -216,7 +247,10 @@ fn lab(workspace: &Workspace, needed: bool, skipped: &mut Skipped) -> Step {
         skipped.add(what, why);
         return if needed { Err(why.to_owned()) } else { Ok(()) };
     }
-    let setup = Run::new(&lab).arg("setup").env("LAB_PACKAGES", GUEST_PACKAGES).check();
+    let setup = Run::new(&lab)
+        .arg("setup")
+        .env("LAB_PACKAGES", GUEST_PACKAGES)
+        .check();
     if let Err(why) = setup {
         skipped.add(what, &why);
         return if needed { Err(why) } else { Ok(()) };
@@ -229,12 +263,16 @@ fn lab(workspace: &Workspace, needed: bool, skipped: &mut Skipped) -> Step {
     for (from, name) in [
         (suite, "it"),
         (workspace.target.join("debug/longshored"), "longshored"),
-        (workspace.target.join("debug/longshore-shim"), "longshore-shim"),
+        (
+            workspace.target.join("debug/longshore-shim"),
+            "longshore-shim",
+        ),
         (workspace.target.join("debug/shore"), "shore"),
         (workspace.page_server(), "page-server"),
     ] {
         let to = share.join(name);
-        fs::copy(&from, &to).map_err(|error| format!("{} to {}: {error}", from.display(), to.display()))?;
+        fs::copy(&from, &to)
+            .map_err(|error| format!("{} to {}: {error}", from.display(), to.display()))?;
         if packages::find("strip").is_some() {
             // Smaller programs start sooner over the share; the symbols are on the host.
             let _as_it_was = Run::new("strip").arg("--strip-debug").arg(&to).works();
@@ -250,7 +288,15 @@ fn lab(workspace: &Workspace, needed: bool, skipped: &mut Skipped) -> Step {
         skips = skips.display(),
     );
     Run::new(&lab)
-        .args(["run", "--mem", "3072", "--timeout", "1500", "--times", "--share"])
+        .args([
+            "run",
+            "--mem",
+            "3072",
+            "--timeout",
+            "1500",
+            "--times",
+            "--share",
+        ])
         .arg(&share)
         .args(["--", "sh", "-c", &script])
         .env("LAB_PACKAGES", GUEST_PACKAGES)
@@ -263,7 +309,13 @@ fn lab(workspace: &Workspace, needed: bool, skipped: &mut Skipped) -> Step {
 fn suite_program(workspace: &Workspace) -> Result<PathBuf, String> {
     let listing = workspace
         .cargo("test")
-        .args(["--quiet", "--workspace", "--all-targets", "--no-run", "--message-format=json"])
+        .args([
+            "--quiet",
+            "--workspace",
+            "--all-targets",
+            "--no-run",
+            "--message-format=json",
+        ])
         .output()?;
     listing
         .lines()
