@@ -12,7 +12,6 @@ pub mod event;
 pub mod handler;
 pub mod id;
 pub mod image;
-pub mod lifecycle;
 pub mod network;
 pub mod node;
 pub mod operation;
