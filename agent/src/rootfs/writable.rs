@@ -1,0 +1,92 @@
+//! What a container writes above the layers of its image.
+
+use std::path::PathBuf;
+
+use rustix::{
+    fd::AsFd,
+    fs::{Mode, OFlags, chmodat, mkdirat, openat},
+    io::Errno,
+};
+
+use super::{Rootfs, RootfsError, Usage, remove, usage};
+use crate::id::ContainerId;
+
+pub(super) struct Writable {
+    pub(super) dir: PathBuf,
+    pub(super) upper: PathBuf,
+    pub(super) work: PathBuf,
+}
+
+impl Rootfs {
+    pub(super) fn writable(&self, container: &ContainerId) -> Writable {
+        let dir = self.inner.containers.path.join(container.as_str());
+        Writable {
+            upper: dir.join("upper"),
+            work: dir.join("work"),
+            dir,
+        }
+    }
+
+    /// Makes an empty writable layer; repeating it changes nothing.
+    ///
+    /// # Errors
+    /// `Kernel`.
+    pub fn create_writable(&self, container: &ContainerId) -> Result<(), RootfsError> {
+        let place = &self.inner.containers;
+        let id = container.as_str();
+        // The upper directory is the container's root directory, so its mode is not ours alone.
+        for (name, mode) in [
+            (id.to_owned(), 0o700),
+            (format!("{id}/upper"), 0o755),
+            (format!("{id}/work"), 0o700),
+        ] {
+            let mode = Mode::from_raw_mode(mode);
+            match mkdirat(&place.fd, &*name, mode) {
+                Ok(()) => chmodat(&place.fd, &*name, mode, rustix::fs::AtFlags::empty())
+                    .map_err(RootfsError::kernel("fchmodat", place.path.join(name)))?,
+                Err(Errno::EXIST) => {}
+                Err(error) => {
+                    return Err(RootfsError::kernel("mkdirat", place.path.join(name))(error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a writable layer; absent is fine, repeating it too; blocking.
+    ///
+    /// # Errors
+    /// `Busy` while something is mounted in it, `Kernel`.
+    pub fn remove_writable(&self, container: &ContainerId) -> Result<(), RootfsError> {
+        let place = &self.inner.containers;
+        remove::remove_tree(place.fd.as_fd(), container.as_str()).map_err(|error| match error {
+            Errno::BUSY => RootfsError::Busy {
+                container: container.clone(),
+            },
+            error => RootfsError::kernel("unlinkat", self.writable(container).dir)(error),
+        })
+    }
+
+    /// What a container has written: its upper directory, files with several names counted once.
+    ///
+    /// Nothing if there is no such writable layer. Blocking: it walks the tree.
+    ///
+    /// # Errors
+    /// `Changing` if the container moves directories about faster than they are counted;
+    /// `Kernel`.
+    pub fn writable_usage(&self, container: &ContainerId) -> Result<Usage, RootfsError> {
+        let Writable { upper, .. } = self.writable(container);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let name = format!("{container}/upper");
+        let dir = match openat(&self.inner.containers.fd, name, flags, Mode::empty()) {
+            Ok(dir) => dir,
+            Err(Errno::NOENT) => return Ok(Usage::default()),
+            Err(error) => return Err(RootfsError::kernel("openat", upper)(error)),
+        };
+        match usage::of_tree(&dir) {
+            Ok(Some(usage)) => Ok(usage),
+            Ok(None) => Err(RootfsError::Changing { path: upper }),
+            Err(error) => Err(RootfsError::kernel("getdents64", upper)(error)),
+        }
+    }
+}
