@@ -2,8 +2,6 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-use prost::Message;
-
 const CRI: &[&str] = &["cri/runtime/v1/runtime.proto"];
 const LONGSHORE: &[&str] = &[
     "longshore/v1/error.proto",
@@ -19,16 +17,15 @@ const LONGSHORE: &[&str] = &[
 fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     for (name, files) in [("cri", CRI), ("longshore", LONGSHORE)] {
-        let descriptors = protox::compile(files, ["."])?;
-        let mut bare = descriptors.clone();
-        for file in &mut bare.file {
-            // Reflection sends these on request; nobody there reads comments.
-            file.source_code_info = None;
-        }
-        fs::write(
-            out.join(format!("{name}.descriptors")),
-            bare.encode_to_vec(),
-        )?;
+        let mut compiler = protox::Compiler::new(["."])?;
+        compiler.include_imports(true).open_files(files)?;
+        // Reflection sends these: without comments, and encoded by the compiler, since a prost type
+        // would drop the options that it does not know.
+        compiler.include_source_info(false);
+        let reflected = compiler.encode_file_descriptor_set();
+        fs::write(out.join(format!("{name}.descriptors")), reflected)?;
+        compiler.include_source_info(true);
+        let descriptors = compiler.file_descriptor_set();
         tonic_prost_build::configure()
             // Output of processes and logs is passed on without a copy.
             .bytes(".longshore.v1")

@@ -11,7 +11,11 @@ mod secret;
 pub mod cri {
     /// `runtime.v1`.
     pub mod v1 {
-        #![expect(missing_docs, clippy::all, reason = "generated")]
+        #![allow(
+            missing_docs,
+            clippy::all,
+            reason = "generated; the signals have no comments"
+        )]
         tonic::include_proto!("runtime.v1");
 
         /// Encoded `FileDescriptorSet` of this package, for server reflection.
