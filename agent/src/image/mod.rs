@@ -1,1 +1,327 @@
-//! image.
+//! Images: what a reference means, how its content gets here, and when it goes.
+//!
+//! ```text
+//! pull_image     resolve -> fetch + unpack all layers while they stream -> commit
+//!   source/      registries, mirrors, credentials           (the network)
+//!   stream       partial blob, channel, hash, decompress    (a blocking lane)
+//!   unpacking    each layer once, whoever wants it          (rootfs)
+//! remove_image   names, record, and layers that nobody else uses
+//! gc             the same for what nobody asked for, with reasons
+//! content        manifests, configurations, partial blobs   (blobs/)
+//! ```
+//! Invariants: an [`Image`] record exists only when all of its layers are durable, and comes in the
+//! same commit as theirs. Records are changed under one lock (`planning`), so a name has one meaning.
+//! Secrets are in memory only, in types that can't be printed.
+
+mod config;
+mod content;
+mod error;
+mod gc;
+#[allow(clippy::module_inception)] // the record, named for what it is
+mod image;
+mod lease;
+mod manifest;
+mod progress;
+mod pull_image;
+mod reference;
+mod remove_image;
+mod source;
+mod stream;
+mod unpacking;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, Weak};
+
+use bytes::Bytes;
+
+pub use self::config::ImageChapterConfig;
+pub use self::error::{EndpointFailure, ImageError};
+pub use self::gc::{PruneRequest, Pruned, PrunedKind};
+pub use self::image::{Image, ImageConfig};
+pub use self::manifest::{Platform, PlatformError};
+pub use self::progress::{LayerProgress, LayerState, PullProgress, PullStage};
+pub use self::pull_image::{Pull, PullRequest, Pulled, RunningPull};
+pub use self::reference::{ImageRef, RefPart, ReferenceError};
+pub use self::remove_image::{Removal, RemoveRequest};
+pub use self::source::auth::{AuthError, AuthParts, RegistryAuth, Secret};
+pub use self::source::hosts::{HostConfig, HostsConfig};
+
+use self::content::Content;
+use self::lease::Leases;
+use self::pull_image::{PullKey, Running};
+use self::source::registry::Registries;
+use self::unpacking::Unpacking;
+use crate::blocking;
+use crate::event::{EventDraft, EventKind};
+use crate::id::{Digest, Face, ImageId};
+use crate::rootfs::{Layer, Rootfs};
+use crate::store::{Changes, Snapshot, Store};
+
+/// Shortest text that is taken for the beginning of an id, in hexadecimal digits.
+const ID_PREFIX_MIN: usize = 3;
+const AMBIGUOUS_MATCHES_MAX: usize = 10;
+
+/// The images of this node; clones share it.
+#[derive(Clone)]
+pub struct Images {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    rootfs: Rootfs,
+    content: Arc<Content>,
+    registries: Arc<Registries>,
+    config: ImageChapterConfig,
+    data_dir: PathBuf,
+    /// Held from looking at records to having changed them.
+    planning: tokio::sync::Mutex<()>,
+    leases: Leases,
+    unpacking: Unpacking,
+    pulls: Mutex<HashMap<PullKey, Weak<Running>>>,
+}
+
+/// Who counts on images and their layers, beside the images themselves.
+///
+/// Both are asked with the state that is being changed, so they see what the change sees.
+#[derive(Clone, Copy)]
+pub struct Holders<'a> {
+    /// Who uses this image, e.g. `container/<id>`; removal is then refused.
+    pub image: &'a (dyn Fn(&Snapshot, &ImageId) -> Option<String> + Send + Sync),
+    /// Diff IDs of the layers that containers are mounted on; they stay, whatever becomes of images.
+    pub layers: &'a (dyn Fn(&Snapshot) -> HashSet<Digest> + Send + Sync),
+}
+
+/// What images take on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageFsUsage {
+    /// The directory whose file system is meant.
+    pub path: PathBuf,
+    /// Bytes of unpacked layers, manifests and configurations.
+    pub used_bytes: u64,
+    /// Inodes of unpacked layers.
+    pub inodes: u64,
+}
+
+impl Images {
+    /// Opens the images of `data_dir`; blocking. Call [`Images::recover`] before the first pull.
+    ///
+    /// # Errors
+    /// `Config` for hosts that can't be used, `Content`.
+    pub fn new(
+        store: Store,
+        rootfs: Rootfs,
+        data_dir: &Path,
+        config: ImageChapterConfig,
+    ) -> Result<Images, ImageError> {
+        config.hosts.check()?;
+        let registries = Registries::new(config.hosts.clone(), config.timing());
+        let inner = Inner {
+            store,
+            rootfs,
+            content: Content::open(data_dir)?,
+            registries: Arc::new(registries),
+            config,
+            data_dir: data_dir.to_owned(),
+            planning: tokio::sync::Mutex::default(),
+            leases: Leases::default(),
+            unpacking: Unpacking::default(),
+            pulls: Mutex::default(),
+        };
+        Ok(Images {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// Removes what an earlier agent left half done: layers and blobs without an image.
+    ///
+    /// Fresh partial blobs stay, so that a retried pull goes on with them.
+    ///
+    /// # Errors
+    /// `Rootfs`, `Content`, `Store`.
+    pub async fn recover(&self) -> Result<(), ImageError> {
+        let inner = Arc::clone(&self.inner);
+        blocking::run_bulk("recover images", move || {
+            let failed = |source| ImageError::Rootfs {
+                action: "remove unfinished layers",
+                source,
+            };
+            inner.rootfs.recover().map_err(failed)?;
+            inner
+                .content
+                .remove_leftovers(inner.config.partial_blob_age)?;
+            let wanted = blobs_in_use(&inner.store.snapshot());
+            for (digest, _) in inner.content.list()? {
+                if !wanted.contains(&digest) {
+                    inner.content.remove(&digest)?;
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Returns the image that `name_or_id` means: an id with or without `sha256:`, a reference, or
+    /// the beginning of an id that no other image shares.
+    ///
+    /// # Errors
+    /// `Reference` for a text that is none of these, `Ambiguous`.
+    pub fn find(&self, at: &Snapshot, name_or_id: &str) -> Result<Option<Arc<Image>>, ImageError> {
+        find(at, name_or_id)
+    }
+
+    /// Returns all images, by id.
+    pub fn list(&self, at: &Snapshot) -> Vec<Arc<Image>> {
+        at.all::<Image>().collect()
+    }
+
+    /// Returns the layers of `image`, base first.
+    ///
+    /// # Errors
+    /// `Unknown` if a layer has no record, which no commit leaves behind.
+    pub fn layers(&self, at: &Snapshot, image: &Image) -> Result<Vec<Layer>, ImageError> {
+        let layer = |diff_id: &Digest| {
+            at.get::<Layer>(diff_id.as_str())
+                .map(|layer| Layer::clone(&layer))
+        };
+        let layers: Option<Vec<Layer>> = image.layers.iter().map(layer).collect();
+        layers.ok_or_else(|| ImageError::Unknown {
+            name: image.id.to_string(),
+        })
+    }
+
+    /// Returns the configuration of an image as it came, verified again.
+    ///
+    /// # Errors
+    /// `Unknown`, `DigestMismatch`, `Content`.
+    pub async fn raw_config(&self, id: &ImageId) -> Result<Bytes, ImageError> {
+        let (content, digest) = (Arc::clone(&self.inner.content), id.0.clone());
+        let read = move || content.read(&digest, manifest::CONFIG_MAX_BYTES);
+        let bytes = blocking::run("read image configuration", read).await?;
+        bytes.map(Bytes::from).ok_or_else(|| ImageError::Unknown {
+            name: id.to_string(),
+        })
+    }
+
+    /// Gives an image another name, taking the name from the image that had it.
+    ///
+    /// # Errors
+    /// `Unknown` if there is no such image, `Reference` if the name has a digest instead of a tag.
+    pub async fn tag(
+        &self,
+        name_or_id: &str,
+        target: &ImageRef,
+        face: Face,
+    ) -> Result<ImageId, ImageError> {
+        if target.tag().is_none() {
+            let expected = "a new name has a tag and no digest";
+            let (part, value) = (RefPart::Tag, target.to_string());
+            return Err(ReferenceError {
+                part,
+                value,
+                expected,
+            }
+            .into());
+        }
+        let _planning = self.inner.planning.lock().await;
+        let at = self.inner.store.snapshot();
+        let unknown = || ImageError::Unknown {
+            name: name_or_id.to_owned(),
+        };
+        let mut image = Image::clone(&*find(&at, name_or_id)?.ok_or_else(unknown)?);
+        let id = image.id.clone();
+        let name = target.to_string();
+        if image.tags.insert(name.clone()) | image.faces.insert(face) {
+            let changes = move_tag(&at, &name, &id, face).put(image).durable();
+            self.inner.store.commit(changes).await?;
+        }
+        Ok(id)
+    }
+
+    /// Returns what images take on disk, from memory.
+    pub fn fs_usage(&self, at: &Snapshot) -> ImageFsUsage {
+        let layers = self.inner.rootfs.fs_usage();
+        let kept: u64 = at
+            .all::<Image>()
+            .filter(|image| !image.blobs.is_empty())
+            .map(|image| image.size_bytes)
+            .sum();
+        ImageFsUsage {
+            path: self.inner.data_dir.clone(),
+            used_bytes: layers.bytes + kept,
+            inodes: layers.inodes,
+        }
+    }
+}
+
+fn find(at: &Snapshot, name_or_id: &str) -> Result<Option<Arc<Image>>, ImageError> {
+    let hex = name_or_id.strip_prefix("sha256:").unwrap_or(name_or_id);
+    if let Some(image) = at.get::<Image>(&format!("sha256:{hex}")) {
+        return Ok(Some(image));
+    }
+    let reference = name_or_id.parse::<ImageRef>();
+    if let Ok(reference) = &reference {
+        let name = reference.to_string();
+        let named =
+            |image: &Arc<Image>| image.tags.contains(&name) || image.digests.contains(&name);
+        if let Some(image) = at.all::<Image>().find(named) {
+            return Ok(Some(image));
+        }
+    }
+    let is_prefix = (ID_PREFIX_MIN..=64).contains(&hex.len())
+        && hex
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    if !is_prefix {
+        return reference.map(|_| None).map_err(ImageError::Reference);
+    }
+    let prefix = format!("sha256:{hex}");
+    let mut matches: Vec<Arc<Image>> = at
+        .by_prefix::<Image>(&prefix)
+        .take(AMBIGUOUS_MATCHES_MAX)
+        .collect();
+    if matches.len() > 1 {
+        let matches = matches.iter().map(|image| image.id.clone()).collect();
+        return Err(ImageError::Ambiguous {
+            prefix: name_or_id.to_owned(),
+            matches,
+        });
+    }
+    Ok(matches.pop())
+}
+
+/// Changes that make `name` mean `id` alone; the record of `id` itself is the caller's.
+fn move_tag(at: &Snapshot, name: &str, id: &ImageId, face: Face) -> Changes {
+    let mut changes = Changes::new();
+    for other in at
+        .all::<Image>()
+        .filter(|other| other.id != *id && other.tags.contains(name))
+    {
+        let mut other = Image::clone(&other);
+        other.tags.remove(name);
+        let event = EventDraft::new(EventKind::ImageUntagged, face)
+            .image(&other.id)
+            .attribute("reference", name);
+        changes = changes.put(other).event(event);
+    }
+    changes.event(
+        EventDraft::new(EventKind::ImageTagged, face)
+            .image(id)
+            .attribute("reference", name),
+    )
+}
+
+/// Complete blobs that some image needs.
+fn blobs_in_use(at: &Snapshot) -> BTreeSet<Digest> {
+    let mut wanted = BTreeSet::new();
+    for image in at.all::<Image>() {
+        wanted.insert(image.id.0.clone());
+        wanted.extend(image.manifests.keys().cloned());
+        wanted.extend(image.blobs.iter().cloned());
+    }
+    wanted
+}

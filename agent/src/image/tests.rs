@@ -1,0 +1,1 @@
+//! Pulls against real and hostile registries.
