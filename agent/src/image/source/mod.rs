@@ -4,7 +4,7 @@
 //! without a limit, hides Retry-After and failed token requests, does not renew a token that ends in
 //! the middle of a pull, and remembers the first caller's credentials for all later ones.
 
-pub mod auth;
-pub mod hosts;
+pub(crate) mod auth;
+pub(crate) mod hosts;
 pub(crate) mod registry;
 pub(crate) mod rounds;
