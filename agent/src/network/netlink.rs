@@ -577,3 +577,13 @@ fn route(reply: RouteNetlinkMessage) -> Option<Route> {
         metric,
     })
 }
+
+/// Makes a plain pair with the inner end `eth0` in `netns`.
+#[cfg(test)]
+pub(super) fn test_veth(name: &str, netns: BorrowedFd<'_>) -> Vec<Change> {
+    let inside = named(INSIDE).setns_by_fd(netns.as_raw_fd()).build();
+    let create = LinkVeth::new(name, INSIDE)
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(inside)))
+        .build();
+    vec![Change::new("RTM_NEWLINK", name, RouteNetlinkMessage::NewLink(create)).create()]
+}

@@ -32,7 +32,7 @@ use netlink_bindings::{
     conntrack,
     nftables::{
         Chained, CmpOps, CtKeys, IterableSetelemAttrs, MetaKeys, Nfgenmsg, PayloadBase,
-        PushExprListAttrs, PushRuleAttrs, Request, SetFlags, VerdictCode,
+        PushExprAttrs, PushExprListAttrs, PushRuleAttrs, Request, SetFlags, VerdictCode,
     },
     traits::{NetlinkRequest, Protocol as NetlinkProtocol, Pusher},
     utils::{RequestBuf, finalize_nested_header, push_header, push_nested_header},
@@ -780,8 +780,9 @@ impl<'a> Batch<'a> {
         let mut socket = NetlinkSocket::new();
         let mut replies = socket.request_chained(&batch).map_err(failed)?;
         replies.recv_all().map_err(|error| {
-            tracing::debug!(table = self.table, call, %error, "nf_tables refused a transaction");
-            failed(error.into())
+            // It names the message and attribute that the kernel refused.
+            let subject = format!("{}: {error}", self.table);
+            NetworkError::kernel(call, subject, error.into())
         })
     }
 }
@@ -798,8 +799,6 @@ type ExprList<'a> = PushExprListAttrs<PushRuleAttrs<RequestBuf<'a>>>;
 fn push_expr<'a>(list: ExprList<'a>, expr: &Expr) -> ExprList<'a> {
     /// `NFT_FIB_RESULT_ADDRTYPE`, `NFTA_FIB_F_DADDR`.
     const FIB: (u32, u32) = (3, 1 << 1);
-    const NFTA_EXPR_DATA: u16 = 2;
-    const NFTA_MASQ_FLAGS: u16 = 1;
     let elem = list.nested_elem();
     match expr {
         Meta(key, register) => elem
@@ -856,13 +855,21 @@ fn push_expr<'a>(list: ExprList<'a>, expr: &Expr) -> ExprList<'a> {
             .push_key(CtKeys::Status as u32)
             .end_nested()
             .end_nested(),
-        Lookup(map) => elem
-            .nested_data_lookup()
-            .push_set_bytes(map.name().as_bytes())
-            .push_sreg(REGISTER)
-            .push_dreg(VALUE)
-            .end_nested()
-            .end_nested(),
+        Lookup(map) => {
+            const SET: u16 = 1;
+            const SOURCE: u16 = 2;
+            const DESTINATION: u16 = 3;
+            let name = [map.name().as_bytes(), &[0]].concat();
+            raw_expr(
+                elem,
+                "lookup",
+                &[
+                    (SET, &name),
+                    (SOURCE, &REGISTER.to_be_bytes()),
+                    (DESTINATION, &VALUE.to_be_bytes()),
+                ],
+            )
+        }
         Translate(map) => {
             let nfproto = if map.is_v4() {
                 family::IPV4
@@ -880,14 +887,8 @@ fn push_expr<'a>(list: ExprList<'a>, expr: &Expr) -> ExprList<'a> {
                 .end_nested()
         }
         Masquerade => {
-            // The library reads this expression, but has no way to write it.
-            let mut elem = elem.push_name_bytes(b"masq");
-            let bytes = elem.as_vec_mut();
-            let data = push_nested_header(bytes, NFTA_EXPR_DATA);
-            push_header(bytes, NFTA_MASQ_FLAGS, 4);
-            bytes.extend(RANDOM_FULLY.to_be_bytes());
-            finalize_nested_header(bytes, data);
-            elem.end_nested()
+            const FLAGS: u16 = 1;
+            raw_expr(elem, "masq", &[(FLAGS, &RANDOM_FULLY.to_be_bytes())])
         }
         Verdict(code, chain) => {
             let mut verdict = elem
@@ -902,6 +903,26 @@ fn push_expr<'a>(list: ExprList<'a>, expr: &Expr) -> ExprList<'a> {
             verdict.end_nested().end_nested().end_nested().end_nested()
         }
     }
+}
+
+/// Writes an expression that the library can't (`masq`), or whose attributes it has in another
+/// order than the kernel (`lookup`).
+fn raw_expr<'a>(
+    elem: PushExprAttrs<ExprList<'a>>,
+    name: &str,
+    attributes: &[(u16, &[u8])],
+) -> ExprList<'a> {
+    const NFTA_EXPR_DATA: u16 = 2;
+    let mut elem = elem.push_name_bytes(name.as_bytes());
+    let bytes = elem.as_vec_mut();
+    let data = push_nested_header(bytes, NFTA_EXPR_DATA);
+    for (kind, value) in attributes {
+        let length = u16::try_from(value.len()).expect("attributes are short");
+        push_header(bytes, *kind, length);
+        bytes.extend(*value);
+    }
+    finalize_nested_header(bytes, data);
+    elem.end_nested()
 }
 
 /// A connection, by its original direction.
