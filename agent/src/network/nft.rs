@@ -22,6 +22,7 @@
 //! Source: nft(8); Linux, include/uapi/linux/netfilter/{nf_tables,nfnetlink_conntrack}.h.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -31,14 +32,16 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use netlink_bindings::{
     conntrack,
     nftables::{
-        Chained, CmpOps, CtKeys, IterableSetelemAttrs, MetaKeys, Nfgenmsg, PayloadBase,
-        PushExprAttrs, PushExprListAttrs, PushRuleAttrs, Request, SetFlags, VerdictCode,
+        Chained, ChainedFinal, CmpOps, CtKeys, IterableSetelemAttrs, MetaKeys, Nfgenmsg,
+        PayloadBase, PushExprAttrs, PushExprListAttrs, PushRuleAttrs, Request, SetFlags,
+        VerdictCode,
     },
-    traits::{NetlinkRequest, Protocol as NetlinkProtocol, Pusher},
+    traits::{NetlinkChained, NetlinkRequest, Protocol as NetlinkProtocol, Pusher},
     utils::{RequestBuf, finalize_nested_header, push_header, push_nested_header},
 };
 use netlink_socket2::NetlinkSocket;
-use rustix::io::Errno;
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use rustix::{io::Errno, net::sockopt};
 
 use super::{
     error::NetworkError,
@@ -79,9 +82,8 @@ pub(super) struct ForeignChain {
     pub(super) chain: String,
 }
 
-/// Elements of one message. An error carries its message back, which has to fit the library's
-/// receive buffer of 8 KiB.
-const ELEMENTS_PER_MESSAGE: usize = 32;
+/// Elements of one message: an attribute can't be longer than 64 KiB, an element takes 140 bytes.
+const ELEMENTS_PER_MESSAGE: usize = 256;
 
 /// `NFPROTO_*`, the families of nf_tables.
 mod family {
@@ -766,24 +768,91 @@ impl<'a> Batch<'a> {
     }
 
     fn commit(mut self, call: &'static str) -> Result<(), NetworkError> {
-        let failed = |error: io::Error| NetworkError::kernel(call, self.table, error);
-        // The library takes a batch of exactly 64, 128, ... messages for answered at once.
-        if (self.messages + 1).is_multiple_of(64) {
-            let create = self.chain.request().set_create();
-            create
-                .op_newtable_do(&header(family::INET))
-                .encode()
-                .push_name_bytes(self.table.as_bytes());
-        }
         self.chain.request().op_batch_end_do(&nftables());
         let batch = self.chain.finalize();
-        let mut socket = NetlinkSocket::new();
-        let mut replies = socket.request_chained(&batch).map_err(failed)?;
-        replies.recv_all().map_err(|error| {
-            // It names the message and attribute that the kernel refused.
-            let subject = format!("{}: {error}", self.table);
-            NetworkError::kernel(call, subject, error.into())
+        transact(&batch).map_err(|(place, source)| {
+            let subject = match place {
+                Some(place) => format!("{}, {} #{place}", self.table, batch.name(place)),
+                None => self.table.to_owned(),
+            };
+            NetworkError::kernel(call, subject, source)
         })
+    }
+}
+
+/// Sends a batch and waits for the answer to each of its messages; an error comes with the place
+/// of the message that caused it.
+///
+/// Not by the library's socket: it can't make room for a batch of more than 200 KiB, which a start
+/// with a thousand published ports is.
+fn transact(batch: &ChainedFinal<'_>) -> Result<(), (Option<usize>, io::Error)> {
+    let no_place = |error: io::Error| (None, error);
+    let bytes = batch.payload();
+    let socket = Socket::new(NETLINK_NETFILTER).map_err(no_place)?;
+    socket
+        .connect(&SocketAddr::new(0, 0))
+        .and_then(|()| socket.set_cap_ack(true))
+        .map_err(no_place)?;
+    // The kernel counts each answer as about 1 KiB.
+    let answers = batch.chain_len() * 1024;
+    sockopt::set_socket_send_buffer_size_force(&socket, bytes.len() + 4096)
+        .and_then(|()| sockopt::set_socket_recv_buffer_size_force(&socket, answers + (64 << 10)))
+        .map_err(|errno| no_place(errno.into()))?;
+    socket.send(bytes, 0).map_err(no_place)?;
+    let mut waiting: BTreeSet<_> = (0..batch.chain_len())
+        .filter(|place| batch.supports_ack(*place) == Some(true))
+        .collect();
+    while !waiting.is_empty() {
+        let (datagram, _) = socket.recv_from_full().map_err(no_place)?;
+        for answer in NetlinkBuffers::new(&datagram) {
+            let Some(place) = batch.get_index(answer.sequence) else {
+                continue;
+            };
+            match answer.error {
+                Some(0) => waiting.remove(&place),
+                Some(code) => {
+                    let error = io::Error::from_raw_os_error(-code);
+                    return Err((Some(place), error));
+                }
+                None => continue,
+            };
+        }
+    }
+    Ok(())
+}
+
+/// The messages in a datagram, as far as answers need.
+struct NetlinkBuffers<'a>(&'a [u8]);
+
+struct Answer {
+    sequence: u32,
+    error: Option<i32>,
+}
+
+impl<'a> NetlinkBuffers<'a> {
+    fn new(datagram: &'a [u8]) -> Self {
+        Self(datagram)
+    }
+}
+
+impl Iterator for NetlinkBuffers<'_> {
+    type Item = Answer;
+
+    fn next(&mut self) -> Option<Answer> {
+        /// `NLMSG_ERROR`, which also acknowledges.
+        const ERROR: [u8; 2] = 2_u16.to_ne_bytes();
+        let word = |at: usize| Some(<[u8; 4]>::try_from(self.0.get(at..at + 4)?).expect("4 bytes"));
+        let length = usize::try_from(u32::from_ne_bytes(word(0)?)).ok()?;
+        let answer = Answer {
+            sequence: u32::from_ne_bytes(word(8)?),
+            error: match self.0.get(4..6)? == ERROR {
+                true => Some(i32::from_ne_bytes(word(16)?)),
+                false => None,
+            },
+        };
+        let next = length.max(16).next_multiple_of(4).min(self.0.len());
+        self.0 = &self.0[next..];
+        Some(answer)
     }
 }
 

@@ -686,7 +686,14 @@ fn drops_of_other_tables_are_found() {
         host::check(&instance, &config, Some(&network)).unwrap()
     });
     let names: Vec<_> = findings.iter().map(Finding::name).collect();
-    assert_eq!(names, ["forward-drop"], "{findings:?}");
+    // Some machines have br_netfilter loaded as well.
+    assert!(names.contains(&"forward-drop"), "{findings:?}");
+    assert!(
+        names
+            .iter()
+            .all(|name| ["forward-drop", "bridge-filter"].contains(name)),
+        "{findings:?}"
+    );
     assert!(findings[0].explanation().contains("FORWARD"));
 }
 
@@ -696,8 +703,7 @@ fn many_ports_fit_in_one_start() {
     host.rebuild(&[]);
     let ports: Vec<_> = (1000..4000).map(|port| publish(None, port)).collect();
     let one = host.plan(1, &ports);
-    // 64 messages once tripped the library: go over every remainder.
-    for count in [1, 2, 1500, 1504, 1536, 3000] {
+    for count in [1, 256, 257, 3000] {
         let (id, plan) = one.clone();
         let ports = ports[..count].to_vec();
         host.rebuild(&[(id, NetworkPlan { ports, ..plan })]);
