@@ -1,0 +1,890 @@
+//! The agent's end of the wire to one shim, and the shim as a process.
+//!
+//! ```text
+//!  request() --frame--> outbox --> writer task ==socket==> shim
+//!     ^ oneshot by stream                                   |
+//!     +------------ reader task <=========socket============+
+//!                      | exits -> events   exec exits -> their oneshot
+//! ```
+//! Frames are written whole by one task, so that a caller that gives up leaves no half frame.
+//! When the connection breaks, the reader task looks whether the process is gone, and connects
+//! anew if it is not: only then is the shim reported lost.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt, fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::{net::UnixStream as StdStream, process::CommandExt},
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        Arc, Mutex, MutexGuard, Weak,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use longshore_shim::wire::{self, Answer, Ask, Fact, FrameKind, HEADER_BYTES, Header};
+use longshore_sys::{fd, pidfd};
+use prost::Message;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::{
+    io::Interest,
+    net::UnixStream,
+    sync::{mpsc, oneshot},
+    time::{sleep, timeout},
+};
+use tracing::{debug, warn};
+
+use super::{HandlerError, ShimEvent, ShimNews};
+use crate::{
+    blocking,
+    id::{ContainerId, SandboxId},
+};
+
+/// For requests that only touch the shim's own memory, or send a signal.
+const QUICK: Duration = Duration::from_secs(10);
+/// For requests that mount, execute or wait for processes to die: past this something hangs.
+const SLOW: Duration = Duration::from_secs(120);
+/// Between the shim's closing words, or SIGKILL, and its end.
+const GOING: Duration = Duration::from_secs(5);
+/// Attempts to connect again to a shim that runs.
+const REDIALS: u32 = 5;
+/// Frames waiting to be written.
+const OUTBOX: usize = 64;
+/// Name of the process, which is how it is found again.
+const NAME: &str = "longshore-shim";
+const SOCKET: &str = "shim.sock";
+const SIGKILL: i32 = 9;
+
+/// The shim's program, in memory.
+#[derive(Debug)]
+pub(super) struct ShimProgram {
+    image: Arc<OwnedFd>,
+}
+
+impl ShimProgram {
+    /// Reads the program from `path`, or from beside the agent's own.
+    pub(super) fn load(path: Option<&Path>) -> Result<Self, HandlerError> {
+        let path = match path {
+            Some(path) => path.to_owned(),
+            None => fs::read_link("/proc/self/exe")
+                .unwrap_or_default()
+                .with_file_name(NAME),
+        };
+        fs::read(&path)
+            .and_then(|content| fd::sealed_memfd(NAME, &content))
+            .map(|image| Self {
+                image: Arc::new(image),
+            })
+            .map_err(|source| HandlerError::ShimMissing { path, source })
+    }
+
+    /// Starts a shim and returns the first connection to it.
+    pub(super) async fn spawn(
+        &self,
+        sandbox: &SandboxId,
+        dir: &Path,
+    ) -> Result<StdStream, HandlerError> {
+        let image = self.image.clone();
+        let (sandbox, dir) = (sandbox.clone(), dir.to_owned());
+        blocking::run("start shim", move || {
+            spawn(&image, &sandbox, &dir).map_err(|(step, source)| HandlerError::Spawn {
+                log: log_tail(&dir),
+                sandbox,
+                step,
+                source,
+            })
+        })
+        .await
+    }
+}
+
+fn spawn(
+    image: &OwnedFd,
+    sandbox: &SandboxId,
+    dir: &Path,
+) -> Result<StdStream, (&'static str, io::Error)> {
+    let (ours, theirs) = StdStream::pair().map_err(|e| ("socketpair", e))?;
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(dir.join("shim.log"))
+        .map_err(|e| ("open shim.log", e))?;
+    let mut child = Command::new(format!("/proc/self/fd/{}", image.as_raw_fd()))
+        .arg0(NAME)
+        .arg("--sandbox")
+        .arg(sandbox.as_str())
+        .arg("--dir")
+        .arg(dir)
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(log))
+        .spawn()
+        .map_err(|e| ("execute", e))?;
+    // It forks away from us and exits once its socket is there.
+    let waited = pidfd::open(child.id().cast_signed())
+        .and_then(|process| wait_gone(&process, QUICK))
+        .map_err(|e| ("wait", e))?;
+    if !waited {
+        // Our own child, not waited for yet: the pid is still its.
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(("come up", io::ErrorKind::TimedOut.into()));
+    }
+    let status = child.wait().map_err(|e| ("wait", e))?;
+    if !status.success() {
+        return Err(("come up", io::Error::other(status.to_string())));
+    }
+    Ok(ours)
+}
+
+/// The last words of a shim, for an error.
+fn log_tail(dir: &Path) -> String {
+    let text = fs::read(dir.join("shim.log")).unwrap_or_default();
+    let tail = String::from_utf8_lossy(&text[text.len().saturating_sub(500)..]);
+    match tail.trim() {
+        "" => String::new(),
+        tail => format!(": {tail}"),
+    }
+}
+
+/// Connects to the socket of a running shim.
+pub(super) async fn dial(sandbox: &SandboxId, dir: &Path) -> Result<StdStream, HandlerError> {
+    let path = dir.join(SOCKET);
+    let connected = {
+        let path = path.clone();
+        blocking::run("connect to shim", move || StdStream::connect(path)).await
+    };
+    let stream = connected.map_err(|e| HandlerError::ShimLost {
+        sandbox: sandbox.clone(),
+        reason: format!("connect: {e}"),
+    })?;
+    let peer = fd::peer_credentials(&stream).map_err(|e| HandlerError::ShimLost {
+        sandbox: sandbox.clone(),
+        reason: format!("peer credentials: {e}"),
+    })?;
+    if peer.uid != 0 && peer.uid != rustix::process::geteuid().as_raw() {
+        return Err(HandlerError::Impostor {
+            path,
+            uid: peer.uid,
+        });
+    }
+    Ok(stream)
+}
+
+/// Removes the socket of a shim that is gone.
+pub(super) fn remove_socket(dir: &Path) -> Result<(), HandlerError> {
+    let path = dir.join(SOCKET);
+    match fs::remove_file(&path) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(HandlerError::Step {
+            step: format!("remove {}", path.display()),
+            errno: source.raw_os_error().unwrap_or(0),
+            source: Some(source),
+        }),
+    }
+}
+
+/// Kills the shims of a sandbox, found by their command lines; none is fine.
+pub(super) fn kill(sandbox: &SandboxId, dir: &Path) -> Result<(), HandlerError> {
+    for (found, found_dir, pid) in processes() {
+        if found != *sandbox || found_dir != dir {
+            continue;
+        }
+        let Ok(process) = pidfd::open(pid) else {
+            continue;
+        };
+        // The pid may have changed hands since; from here on the descriptor holds it.
+        if command_line(pid).is_none_or(|(id, at)| id != *sandbox || at != dir) {
+            continue;
+        }
+        let ended = pidfd::send_signal(&process, SIGKILL)
+            .or_else(|e| match e.raw_os_error() {
+                Some(ESRCH) => Ok(()),
+                _ => Err(e),
+            })
+            .and_then(|()| wait_gone(&process, GOING));
+        match ended {
+            Ok(true) => {}
+            Ok(false) => {
+                return Err(HandlerError::ShimSilent {
+                    sandbox: sandbox.clone(),
+                    request: "SIGKILL",
+                    waited_ms: millis(GOING),
+                });
+            }
+            Err(source) => {
+                return Err(HandlerError::Step {
+                    step: format!("kill shim {pid}"),
+                    errno: source.raw_os_error().unwrap_or(0),
+                    source: Some(source),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Shims of pods whose run directories are directly below `sandboxes`.
+pub(super) fn running(sandboxes: &Path) -> Vec<(SandboxId, i32)> {
+    processes()
+        .filter(|(_, dir, _)| dir.parent() == Some(sandboxes))
+        .map(|(sandbox, _, pid)| (sandbox, pid))
+        .collect()
+}
+
+fn processes() -> impl Iterator<Item = (SandboxId, PathBuf, i32)> {
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
+        .filter_map(|pid| {
+            let (sandbox, dir) = command_line(pid)?;
+            // Anybody may call himself so; only ours run from that memory file.
+            let program = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+            program
+                .to_str()?
+                .starts_with(&format!("/memfd:{NAME}"))
+                .then_some((sandbox, dir, pid))
+        })
+}
+
+fn command_line(pid: i32) -> Option<(SandboxId, PathBuf)> {
+    parse_command_line(&fs::read(format!("/proc/{pid}/cmdline")).ok()?)
+}
+
+fn parse_command_line(raw: &[u8]) -> Option<(SandboxId, PathBuf)> {
+    let text = std::str::from_utf8(raw).ok()?;
+    let words: Vec<_> = text.split_terminator('\0').collect();
+    match words.as_slice() {
+        [NAME, "--sandbox", sandbox, "--dir", dir] => Some((sandbox.parse().ok()?, dir.into())),
+        _ => None,
+    }
+}
+
+/// Waits until a process has ended; `false` if it has not in time.
+fn wait_gone(process: &OwnedFd, patience: Duration) -> io::Result<bool> {
+    let until = Instant::now() + patience;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let left = Timespec {
+            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(left.subsec_nanos()),
+        };
+        let mut polled = [PollFd::new(process, PollFlags::IN)];
+        match poll(&mut polled, Some(&left)) {
+            Ok(0) => return Ok(false),
+            Ok(_) => return Ok(true),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// One shim as the agent knows it.
+pub(super) struct Shim {
+    sandbox: SandboxId,
+    dir: PathBuf,
+    process: OwnedFd,
+    events: mpsc::Sender<ShimEvent>,
+    next_stream: AtomicU32,
+    /// No loss is to be reported: the agent itself ends this shim or connects anew.
+    closing: AtomicBool,
+    open: Mutex<Open>,
+}
+
+/// What is under way.
+#[derive(Default)]
+struct Open {
+    outbox: Option<mpsc::Sender<Outgoing>>,
+    replies: HashMap<u32, oneshot::Sender<Incoming>>,
+    execs: HashMap<u64, ExpectedExec>,
+}
+
+struct ExpectedExec {
+    exited: oneshot::Sender<wire::ExecExited>,
+    on_end: Box<dyn FnOnce() + Send>,
+}
+
+struct Outgoing {
+    frame: Vec<u8>,
+    fds: Vec<OwnedFd>,
+}
+
+struct Incoming {
+    reply: wire::Reply,
+    fds: Vec<OwnedFd>,
+}
+
+impl fmt::Debug for Shim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shim")
+            .field("sandbox", &self.sandbox)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shim {
+    /// Introduces the agent on a fresh connection and keeps it.
+    pub(super) async fn connect(
+        sandbox: &SandboxId,
+        dir: &Path,
+        stream: StdStream,
+        events: mpsc::Sender<ShimEvent>,
+    ) -> Result<(Arc<Self>, wire::Welcome), HandlerError> {
+        let (link, welcome, early) = greet(sandbox, stream).await?;
+        let process = pidfd::open(welcome.pid).map_err(|e| HandlerError::ShimLost {
+            sandbox: sandbox.clone(),
+            reason: format!("pid {}: {e}", welcome.pid),
+        })?;
+        let shim = Arc::new(Self {
+            sandbox: sandbox.clone(),
+            dir: dir.to_owned(),
+            process,
+            events,
+            next_stream: AtomicU32::new(3),
+            closing: AtomicBool::new(false),
+            open: Mutex::default(),
+        });
+        let link = shim.adopt(link);
+        for fact in early {
+            shim.tell(fact);
+        }
+        tokio::spawn(watch(Arc::downgrade(&shim), link));
+        Ok((shim, welcome))
+    }
+
+    /// Asks for something whose answer is that it is done.
+    pub(super) async fn request_done(
+        &self,
+        ask: Ask,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), HandlerError> {
+        let name = name(&ask);
+        match self.request(ask, fds).await? {
+            (Answer::Done(_), _) => Ok(()),
+            _ => Err(self.lost(format!("unfitting answer to {name}"))),
+        }
+    }
+
+    /// Asks for a process; returns its pid and the descriptors that came with it.
+    pub(super) async fn request_process(
+        &self,
+        ask: Ask,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(i32, Vec<OwnedFd>), HandlerError> {
+        let name = name(&ask);
+        match self.request(ask, fds).await? {
+            (Answer::Process(process), fds) => Ok((process.pid, fds)),
+            _ => Err(self.lost(format!("unfitting answer to {name}"))),
+        }
+    }
+
+    /// Registers an exec before it is asked for, so that no exit can be missed. `on_end` runs
+    /// once it ended, was given up, or the shim is lost.
+    pub(super) fn expect_exec(
+        &self,
+        exec_id: u64,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> oneshot::Receiver<wire::ExecExited> {
+        let (exited, exit) = oneshot::channel();
+        self.open().execs.insert(
+            exec_id,
+            ExpectedExec {
+                exited,
+                on_end: Box::new(on_end),
+            },
+        );
+        exit
+    }
+
+    /// An exec that did not come to be.
+    pub(super) fn give_up_exec(&self, exec_id: u64) {
+        let expected = self.open().execs.remove(&exec_id);
+        if let Some(expected) = expected {
+            (expected.on_end)();
+        }
+    }
+
+    /// Lets go of the connection; the shim itself goes on.
+    pub(super) fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+        self.unlink();
+    }
+
+    /// Asks the shim to end all, and waits until it is gone; `false` if it is not.
+    pub(super) async fn shut_down(self: Arc<Self>) -> bool {
+        self.closing.store(true, Ordering::Release);
+        let asked = self
+            .request(Ask::Shutdown(wire::Empty {}), Vec::new())
+            .await;
+        if let Err(error @ HandlerError::ShimSilent { .. }) = asked {
+            warn!(sandbox_id = %self.sandbox, %error, "shim will be killed");
+            return false;
+        }
+        // An answer that was cut off by its end is an answer.
+        let gone = blocking::run("wait for shim", move || wait_gone(&self.process, GOING)).await;
+        gone.unwrap_or(false)
+    }
+
+    async fn request(
+        &self,
+        ask: Ask,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(Answer, Vec<OwnedFd>), HandlerError> {
+        let (name, patience, container) = (name(&ask), patience(&ask), container(&ask));
+        // Odd numbers, as ttrpc has them; 0 is for events.
+        let stream = self.next_stream.fetch_add(2, Ordering::Relaxed);
+        let request = wire::Request {
+            fds: u32::try_from(fds.len()).expect("a handful"),
+            ask: Some(ask),
+        };
+        let (reply, answered) = oneshot::channel();
+        let outbox = {
+            let mut open = self.open();
+            let outbox = open.outbox.clone();
+            if outbox.is_some() {
+                open.replies.insert(stream, reply);
+            }
+            outbox.ok_or_else(|| self.lost("not connected"))?
+        };
+        let _forget = Forget { shim: self, stream };
+        let frame = wire::frame(FrameKind::Request, stream, &request);
+        let exchange = async {
+            outbox.send(Outgoing { frame, fds }).await.ok()?;
+            answered.await.ok()
+        };
+        let incoming = timeout(patience, exchange)
+            .await
+            .map_err(|_| HandlerError::ShimSilent {
+                sandbox: self.sandbox.clone(),
+                request: name,
+                waited_ms: millis(patience),
+            })?
+            .ok_or_else(|| self.lost(format!("connection broke during {name}")))?;
+        match incoming.reply.answer {
+            Some(Answer::Failed(failure)) => Err(self.failed(failure, container)),
+            Some(answer) => Ok((answer, incoming.fds)),
+            None => Err(self.lost(format!("empty answer to {name}"))),
+        }
+    }
+
+    fn failed(&self, failure: wire::Failure, container: Option<ContainerId>) -> HandlerError {
+        match container {
+            Some(container) if failure.step == "unknown container" => {
+                HandlerError::UnknownContainer {
+                    sandbox: self.sandbox.clone(),
+                    container,
+                }
+            }
+            _ => step(failure),
+        }
+    }
+
+    fn lost(&self, reason: impl Into<String>) -> HandlerError {
+        HandlerError::ShimLost {
+            sandbox: self.sandbox.clone(),
+            reason: reason.into(),
+        }
+    }
+
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().expect("no panic while this lock is held")
+    }
+
+    fn adopt(&self, link: Link) -> Reader {
+        let (outbox, queued) = mpsc::channel(OUTBOX);
+        self.open().outbox = Some(outbox);
+        tokio::spawn(write(link.stream.clone(), queued));
+        Reader(link)
+    }
+
+    /// Ends all that is under way.
+    fn unlink(&self) {
+        let Open { execs, .. } = std::mem::take(&mut *self.open());
+        for expected in execs.into_values() {
+            (expected.on_end)();
+        }
+    }
+
+    fn deliver(&self, message: Received) {
+        match message {
+            Received::Reply(stream, incoming) => {
+                let waiting = self.open().replies.remove(&stream);
+                // Nobody waits any more: its descriptors are closed here.
+                if let Some(waiting) = waiting {
+                    let _ = waiting.send(incoming);
+                }
+            }
+            Received::Fact(fact) => self.tell(fact),
+        }
+    }
+
+    fn tell(&self, fact: Fact) {
+        match fact {
+            Fact::Exited(exited) => self.report(ShimNews::Exited(exited)),
+            Fact::ExecExited(exited) => {
+                let expected = self.open().execs.remove(&exited.exec_id);
+                // Else it is an exec of an earlier agent, whose caller is gone.
+                if let Some(expected) = expected {
+                    let _ = expected.exited.send(exited);
+                    (expected.on_end)();
+                }
+            }
+        }
+    }
+
+    fn report(&self, what: ShimNews) {
+        let event = ShimEvent {
+            sandbox_id: self.sandbox.clone(),
+            what,
+        };
+        if let Err(mpsc::error::TrySendError::Full(event)) = self.events.try_send(event) {
+            // Waiting here would hold up replies that the reader of events may wait for. At
+            // most one such task per container of the node that has ended.
+            let events = self.events.clone();
+            tokio::spawn(async move { events.send(event).await });
+        }
+    }
+}
+
+/// Takes a request that nobody waits for any more off the list.
+struct Forget<'a> {
+    shim: &'a Shim,
+    stream: u32,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        self.shim.open().replies.remove(&self.stream);
+    }
+}
+
+/// Reads from a shim until it is gone. Holds no strong reference while it waits: a shim that the
+/// handler forgot closes.
+async fn watch(shim: Weak<Shim>, mut reader: Reader) {
+    loop {
+        let broke = loop {
+            match reader.0.next().await {
+                Ok(message) => match shim.upgrade() {
+                    Some(shim) => shim.deliver(message),
+                    None => return,
+                },
+                Err(broke) => break broke,
+            }
+        };
+        let Some(shim) = shim.upgrade() else {
+            return;
+        };
+        shim.unlink();
+        if shim.closing.load(Ordering::Acquire) {
+            return;
+        }
+        debug!(sandbox_id = %shim.sandbox, reason = %broke, "connection to shim broke");
+        match redial(&shim).await {
+            Redialled::Connected(again) => reader = again,
+            Redialled::Lost { process_gone } => {
+                if !shim.closing.load(Ordering::Acquire) {
+                    shim.report(ShimNews::Lost { process_gone });
+                }
+                return;
+            }
+        }
+    }
+}
+
+enum Redialled {
+    Connected(Reader),
+    Lost { process_gone: bool },
+}
+
+async fn redial(shim: &Arc<Shim>) -> Redialled {
+    for attempt in 0..REDIALS {
+        // The socket closes a moment before the process has ended.
+        if wait_gone(&shim.process, Duration::ZERO).unwrap_or(false) {
+            return Redialled::Lost { process_gone: true };
+        }
+        sleep(Duration::from_millis(20 << attempt)).await;
+        let greeted = match dial(&shim.sandbox, &shim.dir).await {
+            Ok(stream) => greet(&shim.sandbox, stream).await,
+            Err(e) => Err(e),
+        };
+        match greeted {
+            Ok((link, _, early)) => {
+                let reader = shim.adopt(link);
+                for fact in early {
+                    shim.tell(fact);
+                }
+                return Redialled::Connected(reader);
+            }
+            Err(error) => debug!(sandbox_id = %shim.sandbox, %error, "connect to shim again"),
+        }
+    }
+    let process_gone = wait_gone(&shim.process, Duration::ZERO).unwrap_or(false);
+    Redialled::Lost { process_gone }
+}
+
+/// Says hello and waits for the welcome; exits may be told before it.
+async fn greet(
+    sandbox: &SandboxId,
+    stream: StdStream,
+) -> Result<(Link, wire::Welcome, Vec<Fact>), HandlerError> {
+    let lost = |reason: String| HandlerError::ShimLost {
+        sandbox: sandbox.clone(),
+        reason,
+    };
+    let mut link = Link::new(stream).map_err(|e| lost(format!("socket: {e}")))?;
+    let hello = wire::Request {
+        fds: 0,
+        ask: Some(Ask::Hello(wire::Hello {
+            version: wire::VERSION,
+        })),
+    };
+    let mut early = Vec::new();
+    let greeting = async {
+        send(
+            &link.stream,
+            &wire::frame(FrameKind::Request, 1, &hello),
+            &[],
+        )
+        .await
+        .map_err(|e| format!("hello: {e}"))?;
+        loop {
+            match link.next().await.map_err(|broke| broke.to_string())? {
+                Received::Fact(fact) => early.push(fact),
+                Received::Reply(_, incoming) => break Ok(incoming.reply.answer),
+            }
+        }
+    };
+    let answer = timeout(QUICK, greeting)
+        .await
+        .map_err(|_| HandlerError::ShimSilent {
+            sandbox: sandbox.clone(),
+            request: "hello",
+            waited_ms: millis(QUICK),
+        })?
+        .map_err(lost)?;
+    match answer {
+        Some(Answer::Welcome(welcome)) => {
+            let older = wire::VERSION.saturating_sub(1).max(1);
+            if !(older..=wire::VERSION).contains(&welcome.version) {
+                return Err(HandlerError::ShimVersion {
+                    sandbox: sandbox.clone(),
+                    found: welcome.version,
+                    spoken: wire::VERSION,
+                });
+            }
+            Ok((link, welcome, early))
+        }
+        Some(Answer::Failed(failure)) => Err(step(failure)),
+        _ => Err(lost("unfitting answer to hello".to_owned())),
+    }
+}
+
+fn step(failure: wire::Failure) -> HandlerError {
+    HandlerError::Step {
+        source: (failure.errno != 0).then(|| io::Error::from_raw_os_error(failure.errno)),
+        step: failure.step,
+        errno: failure.errno,
+    }
+}
+
+/// A connection, with what has been received of it and is not a whole frame yet.
+struct Link {
+    stream: Arc<UnixStream>,
+    bytes: Vec<u8>,
+    fds: VecDeque<OwnedFd>,
+}
+
+/// A connection whose other half writes.
+struct Reader(Link);
+
+enum Received {
+    Reply(u32, Incoming),
+    Fact(Fact),
+}
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+enum Broke {
+    #[error("closed by the shim")]
+    Closed,
+    #[error("receive: {0}")]
+    Io(#[from] io::Error),
+    #[error("not the protocol: {0}")]
+    Protocol(&'static str),
+}
+
+impl Link {
+    fn new(stream: StdStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self {
+            stream: Arc::new(UnixStream::from_std(stream)?),
+            bytes: Vec::new(),
+            fds: VecDeque::new(),
+        })
+    }
+
+    /// The next whole message. Cancel safe: what was received stays here.
+    async fn next(&mut self) -> Result<Received, Broke> {
+        loop {
+            if let Some(message) = self.take()? {
+                return Ok(message);
+            }
+            self.stream.readable().await?;
+            let mut piece = [0; 4096];
+            let received = self.stream.try_io(Interest::READABLE, || {
+                fd::recv_with_fds(self.stream.as_fd(), &mut piece, wire::MAX_FRAME_FDS)
+            });
+            match received {
+                Ok((0, _)) => return Err(Broke::Closed),
+                Ok((count, fds)) => {
+                    self.bytes.extend_from_slice(&piece[..count]);
+                    self.fds.extend(fds);
+                    if self.fds.len() > wire::MAX_FRAME_FDS {
+                        return Err(Broke::Protocol("descriptors that no frame names"));
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Takes one whole frame off what was received. Descriptors arrive with the first byte of
+    /// their frame, so they are here when it is whole, in the order of the frames.
+    fn take(&mut self) -> Result<Option<Received>, Broke> {
+        let Some(&header) = self.bytes.first_chunk::<HEADER_BYTES>() else {
+            return Ok(None);
+        };
+        let header = Header::decode(header).ok_or(Broke::Protocol("frame header"))?;
+        let whole = HEADER_BYTES + header.length as usize;
+        if self.bytes.len() < whole {
+            return Ok(None);
+        }
+        let payload = &self.bytes[HEADER_BYTES..whole];
+        let message = match header.kind {
+            FrameKind::Request => return Err(Broke::Protocol("a request from a shim")),
+            FrameKind::Reply => {
+                let reply = wire::Reply::decode(payload).map_err(|_| Broke::Protocol("reply"))?;
+                let named = reply.fds as usize;
+                if named > self.fds.len() {
+                    return Err(Broke::Protocol("fewer descriptors than named"));
+                }
+                let fds = self.fds.drain(..named).collect();
+                Some(Received::Reply(header.stream, Incoming { reply, fds }))
+            }
+            FrameKind::Event => wire::Event::decode(payload)
+                .map_err(|_| Broke::Protocol("event"))?
+                .fact
+                .map(Received::Fact),
+        };
+        self.bytes.drain(..whole);
+        if self.bytes.is_empty() {
+            if !self.fds.is_empty() {
+                return Err(Broke::Protocol("more descriptors than named"));
+            }
+            // Idle connections are many, and one large frame need not cost for ever.
+            self.bytes.shrink_to(4096);
+        }
+        match message {
+            Some(message) => Ok(Some(message)),
+            // A fact of a newer shim: nothing that this agent could act on.
+            None => self.take(),
+        }
+    }
+}
+
+/// Writes queued frames, one after the other, until the queue or the socket closes.
+async fn write(stream: Arc<UnixStream>, mut queued: mpsc::Receiver<Outgoing>) {
+    while let Some(Outgoing { frame, fds }) = queued.recv().await {
+        if let Err(error) = send(&stream, &frame, &fds).await {
+            // The reader sees the same and tells; what waits for a reply learns it there.
+            debug!(%error, "write to shim");
+            break;
+        }
+    }
+    // Wakes the reader when the handler let go, and tells the shim.
+    let _ = rustix::net::shutdown(stream.as_fd(), rustix::net::Shutdown::Both);
+}
+
+async fn send(stream: &UnixStream, frame: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
+    let mut fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let mut rest = frame;
+    while !rest.is_empty() {
+        stream.writable().await?;
+        let sent = stream.try_io(Interest::WRITABLE, || {
+            fd::send_with_fds(stream.as_fd(), rest, &fds)
+        });
+        match sent {
+            Ok(count) => {
+                rest = &rest[count..];
+                fds.clear();
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+fn name(ask: &Ask) -> &'static str {
+    match ask {
+        Ask::Hello(_) => "hello",
+        Ask::Create(_) => "create",
+        Ask::Start(_) => "start",
+        Ask::Signal(_) => "signal",
+        Ask::Exec(_) => "exec",
+        Ask::Attach(_) => "attach",
+        Ask::Resize(_) => "resize",
+        Ask::CloseStdin(_) => "close stdin",
+        Ask::ReopenLog(_) => "reopen log",
+        Ask::AckExit(_) => "acknowledge exit",
+        Ask::Delete(_) => "delete",
+        Ask::Shutdown(_) => "shutdown",
+        Ask::KillExec(_) => "kill exec",
+    }
+}
+
+fn patience(ask: &Ask) -> Duration {
+    match ask {
+        Ask::Create(_) | Ask::Start(_) | Ask::Exec(_) | Ask::Delete(_) => SLOW,
+        Ask::Hello(_)
+        | Ask::Signal(_)
+        | Ask::Attach(_)
+        | Ask::Resize(_)
+        | Ask::CloseStdin(_)
+        | Ask::ReopenLog(_)
+        | Ask::AckExit(_)
+        | Ask::Shutdown(_)
+        | Ask::KillExec(_) => QUICK,
+    }
+}
+
+fn container(ask: &Ask) -> Option<ContainerId> {
+    let id = match ask {
+        Ask::Create(create) => &create.container_id,
+        Ask::Start(named) | Ask::CloseStdin(named) | Ask::ReopenLog(named) => &named.container_id,
+        Ask::AckExit(named) | Ask::Delete(named) => &named.container_id,
+        Ask::Signal(signal) => &signal.container_id,
+        Ask::Exec(exec) => &exec.container_id,
+        Ask::Attach(attach) => &attach.container_id,
+        Ask::Resize(resize) => &resize.container_id,
+        Ask::Hello(_) | Ask::Shutdown(_) | Ask::KillExec(_) => return None,
+    };
+    id.parse().ok()
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+const ESRCH: i32 = 3;
