@@ -57,7 +57,10 @@ pub(super) fn read_file(
         match look_up(here, &name).map_err(kernel("openat"))? {
             Found::Nothing => return Ok(None),
             Found::Directory(merged) => way.push(merged),
-            Found::Other { fd, kind } if kind == FileType::Symlink => {
+            Found::Other {
+                fd,
+                kind: FileType::Symlink,
+            } => {
                 links += 1;
                 if links > MAX_LINKS {
                     return Err(SymlinkLoop { path: path.into() });
@@ -72,7 +75,10 @@ pub(super) fn read_file(
             }
             // A file where a directory would be needed.
             Found::Other { .. } if !pending.is_empty() => return Ok(None),
-            Found::Other { fd, kind } if kind == FileType::RegularFile => {
+            Found::Other {
+                fd,
+                kind: FileType::RegularFile,
+            } => {
                 return content(&fd, path, max_bytes).map(Some);
             }
             Found::Other { .. } => return Err(NotAFile { path: path.into() }),

@@ -392,3 +392,6 @@ fn kernel_error(call: &'static str, path: &Path, error: &io::Error) -> RootfsErr
     let errno = Errno::from_io_error(error).unwrap_or(Errno::IO);
     RootfsError::kernel(call, path)(errno)
 }
+
+#[cfg(test)]
+mod tests;

@@ -108,7 +108,8 @@ impl PaxSparse {
                 self.segments.get_or_insert_default();
             }
             b"GNU.sparse.offset" => {
-                if self.offset.replace(decimal(value)?).is_some() {
+                let offset = decimal(value)?;
+                if self.offset.replace(offset).is_some() {
                     return None;
                 }
             }
@@ -167,7 +168,7 @@ mod tests {
     #[test]
     fn records_are_measured_not_split() {
         let pax =
-            parse(b"12 path=a\nb\n27 SCHILY.xattr.user.x=a\0=b\n30 mtime=1350244992.023960108\n")
+            parse(b"12 path=a\nb\n28 SCHILY.xattr.user.x=a\0=b\n30 mtime=1350244992.023960108\n")
                 .expect("well formed");
         assert_eq!(pax.path.as_deref(), Some(&b"a\nb"[..]));
         assert_eq!(pax.xattrs, [(b"user.x".to_vec(), b"a\0=b".to_vec())]);
