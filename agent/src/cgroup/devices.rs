@@ -43,6 +43,11 @@ impl Access {
         write: false,
         mknod: true,
     };
+
+    /// As `BPF_DEVCG_ACC_*`.
+    fn bits(self) -> u32 {
+        u32::from(self.mknod) | u32::from(self.read) << 1 | u32::from(self.write) << 2
+    }
 }
 
 impl DeviceRule {
@@ -146,6 +151,122 @@ fn rule(wish: &LinuxDeviceCgroup) -> Result<DeviceRule, CgroupError> {
         minor: number(wish.minor())?,
         access,
     })
+}
+
+/// The rules as a program for version 2, which knows no list: `BPF_PROG_TYPE_CGROUP_DEVICE`.
+///
+/// The last rule that fits decides, so they are asked from the last to the first. The first one
+/// covers everything, and so ends the program; the verifier refuses what cannot be reached.
+pub(super) fn program(rules: &[DeviceRule]) -> Vec<u64> {
+    use bpf::{ACCESS, ASKED, KIND, MAJOR, MINOR, and, exit_with, jump_if, jump_unless, mov};
+    let mut program = bpf::prologue();
+    for rule in rules.iter().rev() {
+        let mut tests = Vec::new();
+        match rule.kind {
+            DeviceKind::All => {}
+            DeviceKind::Block => tests.push(jump_unless(KIND, 1)),
+            DeviceKind::Char => tests.push(jump_unless(KIND, 2)),
+        }
+        if rule.access != Access::ALL {
+            tests.push(mov(ASKED, ACCESS));
+            tests.push(and(ASKED, rule.access.bits()));
+            tests.push(if rule.allow {
+                // All that is asked for must be allowed.
+                bpf::jump_unless_same(ASKED, ACCESS)
+            } else {
+                // Any of it denied is enough.
+                jump_if(ASKED, 0)
+            });
+        }
+        tests.extend(rule.major.map(|major| jump_unless(MAJOR, major)));
+        tests.extend(rule.minor.map(|minor| jump_unless(MINOR, minor)));
+        let is_last = tests.is_empty();
+        // Each jump leads past the two instructions that end the program.
+        let length = tests.len();
+        for (at, test) in tests.into_iter().enumerate() {
+            program.push(bpf::aimed(test, length - at + 1));
+        }
+        program.extend(exit_with(rule.allow));
+        if is_last {
+            return program;
+        }
+    }
+    program.extend(exit_with(false));
+    program
+}
+
+/// The few instructions that [`program`] needs, `struct bpf_insn` as numbers.
+mod bpf {
+    pub(super) const KIND: u8 = 2;
+    pub(super) const ACCESS: u8 = 3;
+    pub(super) const MAJOR: u8 = 4;
+    pub(super) const MINOR: u8 = 5;
+    /// Holds the context until the prologue is over.
+    pub(super) const ASKED: u8 = 1;
+    const RESULT: u8 = 0;
+
+    const fn instruction(code: u8, to: u8, from: u8, offset: u16, value: u32) -> u64 {
+        code as u64
+            | (to as u64) << 8
+            | (from as u64) << 12
+            | (offset as u64) << 16
+            | (value as u64) << 32
+    }
+
+    /// Loads `struct bpf_cgroup_dev_ctx`: access in the upper, kind in the lower half of a word,
+    /// then major and minor.
+    pub(super) fn prologue() -> Vec<u64> {
+        const LOAD_WORD: u8 = 0x61; // BPF_LDX | BPF_MEM | BPF_W
+        const SHIFT_RIGHT: u8 = 0x74; // BPF_ALU | BPF_RSH | BPF_K
+        vec![
+            instruction(LOAD_WORD, KIND, ASKED, 0, 0),
+            and(KIND, 0xffff),
+            instruction(LOAD_WORD, ACCESS, ASKED, 0, 0),
+            instruction(SHIFT_RIGHT, ACCESS, 0, 0, 16),
+            instruction(LOAD_WORD, MAJOR, ASKED, 4, 0),
+            instruction(LOAD_WORD, MINOR, ASKED, 8, 0),
+        ]
+    }
+
+    pub(super) fn mov(to: u8, from: u8) -> u64 {
+        instruction(0xbc, to, from, 0, 0) // BPF_ALU | BPF_MOV | BPF_X
+    }
+
+    pub(super) fn and(register: u8, value: u32) -> u64 {
+        instruction(0x54, register, 0, 0, value) // BPF_ALU | BPF_AND | BPF_K
+    }
+
+    // Numbers of devices are 32 bits without a sign: so are the comparisons.
+
+    pub(super) fn jump_if(register: u8, value: u32) -> u64 {
+        instruction(0x16, register, 0, 0, value) // BPF_JMP32 | BPF_JEQ | BPF_K
+    }
+
+    pub(super) fn jump_unless(register: u8, value: u32) -> u64 {
+        instruction(0x56, register, 0, 0, value) // BPF_JMP32 | BPF_JNE | BPF_K
+    }
+
+    pub(super) fn jump_unless_same(left: u8, right: u8) -> u64 {
+        instruction(0x5e, left, right, 0, 0) // BPF_JMP32 | BPF_JNE | BPF_X
+    }
+
+    /// The same instruction, a jump over the next `count`; others are left alone.
+    pub(super) fn aimed(one: u64, count: usize) -> u64 {
+        const CLASS: u64 = 0x07;
+        const JMP32: u64 = 0x06;
+        if one & CLASS == JMP32 {
+            one | (count as u64) << 16
+        } else {
+            one
+        }
+    }
+
+    pub(super) fn exit_with(allow: bool) -> [u64; 2] {
+        [
+            instruction(0xb7, RESULT, 0, 0, u32::from(allow)), // BPF_ALU64 | BPF_MOV | BPF_K
+            instruction(0x95, 0, 0, 0, 0),                     // BPF_JMP | BPF_EXIT
+        ]
+    }
 }
 
 #[cfg(test)]

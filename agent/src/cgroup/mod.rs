@@ -4,11 +4,11 @@
 //!  <parent>/                      longshore-<instance>, or CRI's cgroup_parent
 //!    <sandbox id>/                limits of the pod
 //!      <container id>/            limits of the container; its first process
-//!        exec-<id>/               names what one exec started (freezer and unified tree only)
+//!        exec-<id>/               names what one exec started (freezer or unified tree only)
 //! ```
 //! The same path stands in every hierarchy: each version 1 controller, named hierarchies, and the
-//! unified tree, on hybrid hosts too, where it carries no controller but gives `cgroup.kill`,
-//! pressure readings and a leaf per exec. On version 2 a cgroup with processes has no controllers
+//! unified tree, on hybrid hosts too, where it carries no controller but gives `cgroup.kill` and
+//! pressure readings. On version 2 a cgroup with processes has no controllers
 //! enabled for its children; so pods, which have them enabled, hold no process of their own, and
 //! containers, which hold processes, have none enabled.
 //!
@@ -32,6 +32,8 @@ mod hierarchy;
 mod kill;
 mod oom;
 mod stats;
+#[cfg(test)]
+mod tests;
 mod v1;
 mod v2;
 
@@ -78,8 +80,7 @@ pub enum CgroupFinding {
     NoSwapAccounting,
     /// Limits of this controller are refused.
     NoController(&'static str),
-    /// Devices of containers are not restricted: no version 1 controller, and no program on
-    /// version 2.
+    /// Devices of containers are not restricted: the version 1 controller is missing.
     NoDeviceFilter,
 }
 
@@ -89,6 +90,8 @@ pub struct Cgroups {
     hierarchies: Hierarchies,
     root: CgroupPath,
     swap_accounting: bool,
+    /// Controllers to enable on version 2.
+    wanted: &'static [&'static str],
 }
 
 /// Controllers that containers use, as version 2 names them.
@@ -114,6 +117,7 @@ impl Cgroups {
             hierarchies,
             root,
             swap_accounting: false,
+            wanted: CONTROLLERS,
         };
         cgroups.make(&cgroups.root)?;
         cgroups.swap_accounting = cgroups.find_swap_accounting();
@@ -250,7 +254,9 @@ impl Cgroups {
     }
 
     /// Makes a leaf that names what an exec starts, and says what its process joins: the leaf in
-    /// the unified tree, or else in the freezer hierarchy, and the container's own cgroup elsewhere.
+    /// one hierarchy, and the container's own cgroup in all others.
+    ///
+    /// The freezer has it on version 1, hybrid too: one directory is enough to kill by.
     pub fn exec_plan(
         &self,
         container: &CgroupPath,
@@ -258,23 +264,17 @@ impl Cgroups {
     ) -> Result<wire::CgroupPlan, CgroupError> {
         let mut plan = self.plan(container);
         let leaf = container.exec_leaf(exec_id);
-        if let Some(dir) = self.hierarchies.unified_dir(&leaf) {
-            make_dir(&dir)?;
-            plan.v2_dir = text(dir);
-        }
-        // Where the unified tree can kill, its leaf suffices.
-        if let Some(dir) = self.v1_exec_leaf(&leaf) {
+        if let Some(dir) = self.v1_dir("freezer", &leaf) {
             make_dir(&dir)?;
             let of_container = self
                 .v1_dir("freezer", container)
                 .map(|dir| dir.join("tasks"));
-            let in_leaf = text(dir.join("tasks"));
-            for tasks in &mut plan.v1_tasks {
-                if of_container.as_deref() == Some(Path::new(tasks)) {
-                    tasks.clone_from(&in_leaf);
-                }
-            }
+            plan.v1_tasks
+                .retain(|tasks| of_container.as_deref() != Some(Path::new(tasks)));
             plan.v1_freezer_leaf = text(dir);
+        } else if let Some(dir) = self.hierarchies.unified_dir(&leaf) {
+            make_dir(&dir)?;
+            plan.v2_dir = text(dir);
         }
         Ok(plan)
     }
@@ -283,21 +283,18 @@ impl Cgroups {
     /// stays and goes with the container.
     pub fn remove_exec(&self, container: &CgroupPath, exec_id: u64) -> Result<(), CgroupError> {
         let leaf = container.exec_leaf(exec_id);
-        for dir in [
-            self.hierarchies.unified_dir(&leaf),
-            self.v1_dir("freezer", &leaf),
-        ]
-        .into_iter()
-        .flatten()
-        {
-            match fs::remove_dir(&dir) {
-                Ok(()) => {}
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) if e.kind() == io::ErrorKind::ResourceBusy => {}
-                Err(source) => return Err(CgroupError::call("rmdir", &dir, source)),
-            }
+        let Some(dir) = self
+            .v1_dir("freezer", &leaf)
+            .or_else(|| self.hierarchies.unified_dir(&leaf))
+        else {
+            return Ok(());
+        };
+        match fs::remove_dir(&dir) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy => Ok(()),
+            Err(source) => Err(CgroupError::call("rmdir", &dir, source)),
         }
-        Ok(())
     }
 
     /// Pids, in this pid namespace, of all processes in a cgroup and below. None if it is absent.
@@ -335,16 +332,6 @@ impl Cgroups {
         self.hierarchies.v1_dir(controller, path)
     }
 
-    fn v1_exec_leaf(&self, leaf: &CgroupPath) -> Option<PathBuf> {
-        let unified_kills = self
-            .hierarchies
-            .unified_dir(leaf)
-            .is_some_and(|dir| dir.join("cgroup.kill").exists());
-        (!unified_kills)
-            .then(|| self.v1_dir("freezer", leaf))
-            .flatten()
-    }
-
     fn make(&self, path: &CgroupPath) -> Result<(), CgroupError> {
         for one in &self.hierarchies.v1 {
             let inherits_cpus = one.has("cpuset");
@@ -364,7 +351,7 @@ impl Cgroups {
         let mut dir = mount.clone();
         for name in path.names() {
             if self.version() == CgroupVersion::V2 {
-                v2::enable_controllers(&dir, CONTROLLERS)?;
+                v2::enable_controllers(&dir, self.wanted)?;
             }
             dir.push(name);
             make_dir(&dir)?;

@@ -5,7 +5,11 @@ use std::{collections::BTreeSet, fs, io, path::Path};
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 use tracing::{debug, warn};
 
-use super::{CgroupError, devices::DeviceRule, file};
+use super::{
+    CgroupError,
+    devices::{self, DeviceRule},
+    file,
+};
 
 /// One value for one file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,10 +63,11 @@ pub(super) fn apply(dir: &Path, resources: &LinuxResources) -> Result<(), Cgroup
     Ok(())
 }
 
-/// Restricts devices by a program attached to the cgroup.
+/// Restricts devices by a program attached to the cgroup; repeating it replaces the program.
 pub(super) fn restrict_devices(dir: &Path, rules: &[DeviceRule]) -> Result<(), CgroupError> {
-    let _ = (dir, rules);
-    Ok(())
+    let cgroup = fs::File::open(dir).map_err(|source| CgroupError::call("open", dir, source))?;
+    longshore_sys::bpf::set_device_filter(&cgroup, &devices::program(rules))
+        .map_err(|source| CgroupError::call("attach a device program to", dir, source))
 }
 
 fn missing<'a>(available: &str, enabled: &str, wanted: &[&'a str]) -> Vec<&'a str> {

@@ -19,15 +19,13 @@ pub enum HandlerError {
         source: io::Error,
     },
     /// A shim did not come up.
-    #[error("start shim of sandbox {sandbox}: {step}{log}")]
+    #[error("start shim of sandbox {sandbox}: {step}")]
     Spawn {
         /// Its pod.
         sandbox: SandboxId,
         /// What was being done.
         step: &'static str,
-        /// What it said itself, after ": ", or nothing.
-        log: String,
-        /// Why not.
+        /// Why not; what the shim said itself, if it did.
         source: io::Error,
     },
     /// There is no connection to the shim, or it broke while the request was under way: whether

@@ -12,13 +12,15 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    fmt, fs, io,
+    fmt,
+    fs::{self, File},
+    io::{self, Read},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::{net::UnixStream as StdStream, process::CommandExt},
     },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{ChildStderr, Command, Stdio},
     sync::{
         Arc, Mutex, MutexGuard, Weak,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -27,7 +29,10 @@ use std::{
 };
 
 use longshore_shim::wire::{self, Answer, Ask, Fact, FrameKind, HEADER_BYTES, Header};
-use longshore_sys::{fd, pidfd};
+use longshore_sys::{
+    fd::{self, PeerCredentials},
+    pidfd,
+};
 use prost::Message;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::{
@@ -48,6 +53,8 @@ use crate::{
 const QUICK: Duration = Duration::from_secs(10);
 /// For requests that mount, execute or wait for processes to die: past this something hangs.
 const SLOW: Duration = Duration::from_secs(120);
+/// For ending all in a pod: the shim itself gives its processes ten seconds to die.
+const SHUTDOWN: Duration = Duration::from_secs(15);
 /// Between the shim's closing words, or SIGKILL, and its end.
 const GOING: Duration = Duration::from_secs(5);
 /// Attempts to connect again to a shim that runs.
@@ -92,7 +99,6 @@ impl ShimProgram {
         let (sandbox, dir) = (sandbox.clone(), dir.to_owned());
         blocking::run("start shim", move || {
             spawn(&image, &sandbox, &dir).map_err(|(step, source)| HandlerError::Spawn {
-                log: log_tail(&dir),
                 sandbox,
                 step,
                 source,
@@ -108,11 +114,6 @@ fn spawn(
     dir: &Path,
 ) -> Result<StdStream, (&'static str, io::Error)> {
     let (ours, theirs) = StdStream::pair().map_err(|e| ("socketpair", e))?;
-    let log = fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(dir.join("shim.log"))
-        .map_err(|e| ("open shim.log", e))?;
     let mut child = Command::new(format!("/proc/self/fd/{}", image.as_raw_fd()))
         .arg0(NAME)
         .arg("--sandbox")
@@ -123,7 +124,7 @@ fn spawn(
         .current_dir("/")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
-        .stderr(Stdio::from(log))
+        .stderr(Stdio::piped())
         .spawn()
         .map_err(|e| ("execute", e))?;
     // It forks away from us and exits once its socket is there.
@@ -137,44 +138,52 @@ fn spawn(
         return Err(("come up", io::ErrorKind::TimedOut.into()));
     }
     let status = child.wait().map_err(|e| ("wait", e))?;
-    if !status.success() {
-        return Err(("come up", io::Error::other(status.to_string())));
+    if status.success() {
+        Ok(ours)
+    } else {
+        let words = last_words(child.stderr.take());
+        Err(("come up", io::Error::other(format!("{status}{words}"))))
     }
-    Ok(ours)
 }
 
-/// The last words of a shim, for an error.
-fn log_tail(dir: &Path) -> String {
-    let text = fs::read(dir.join("shim.log")).unwrap_or_default();
-    let tail = String::from_utf8_lossy(&text[text.len().saturating_sub(500)..]);
-    match tail.trim() {
+/// What a shim said before it failed; what is in the pipe by now is all.
+fn last_words(stderr: Option<ChildStderr>) -> String {
+    let mut said = [0; 1000];
+    let count = stderr
+        .and_then(|mut stderr| {
+            fd::set_nonblocking(&stderr, true).ok()?;
+            stderr.read(&mut said).ok()
+        })
+        .unwrap_or(0);
+    match String::from_utf8_lossy(&said[..count]).trim() {
         "" => String::new(),
-        tail => format!(": {tail}"),
+        words => format!(": {words}"),
     }
 }
 
 /// Connects to the socket of a running shim.
 pub(super) async fn dial(sandbox: &SandboxId, dir: &Path) -> Result<StdStream, HandlerError> {
-    let path = dir.join(SOCKET);
-    let connected = {
-        let path = path.clone();
-        blocking::run("connect to shim", move || StdStream::connect(path)).await
-    };
-    let stream = connected.map_err(|e| HandlerError::ShimLost {
+    let at = dir.to_owned();
+    let connected = blocking::run("connect to shim", move || connect(&at)).await;
+    let (stream, peer) = connected.map_err(|e| HandlerError::ShimLost {
         sandbox: sandbox.clone(),
         reason: format!("connect: {e}"),
     })?;
-    let peer = fd::peer_credentials(&stream).map_err(|e| HandlerError::ShimLost {
-        sandbox: sandbox.clone(),
-        reason: format!("peer credentials: {e}"),
-    })?;
     if peer.uid != 0 && peer.uid != rustix::process::geteuid().as_raw() {
         return Err(HandlerError::Impostor {
-            path,
+            path: dir.join(SOCKET),
             uid: peer.uid,
         });
     }
     Ok(stream)
+}
+
+fn connect(dir: &Path) -> io::Result<(StdStream, PeerCredentials)> {
+    // Addresses end at 107 bytes, which the path of a run directory may be longer than.
+    let dir = File::open(dir)?;
+    let stream = StdStream::connect(format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd()))?;
+    let peer = fd::peer_credentials(&stream)?;
+    Ok((stream, peer))
 }
 
 /// Removes the socket of a shim that is gone.
@@ -864,8 +873,8 @@ fn patience(ask: &Ask) -> Duration {
         | Ask::CloseStdin(_)
         | Ask::ReopenLog(_)
         | Ask::AckExit(_)
-        | Ask::Shutdown(_)
         | Ask::KillExec(_) => QUICK,
+        Ask::Shutdown(_) => SHUTDOWN,
     }
 }
 

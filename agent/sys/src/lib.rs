@@ -4,6 +4,7 @@
 //! credentials) says so. Descriptors come back owned and close-on-exec. Errors are plain
 //! [`std::io::Error`]s carrying the error number; who knows the path or the step adds it.
 
+pub mod bpf;
 pub mod caps;
 pub mod clone;
 pub mod fd;
