@@ -24,7 +24,11 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                     matches!(layer.state(), LayerState::Done | LayerState::Present)
                 };
                 let done = progress.layers.iter().filter(there).count();
-                let bytes: u64 = progress.layers.iter().map(|layer| layer.fetched_bytes).sum();
+                let bytes: u64 = progress
+                    .layers
+                    .iter()
+                    .map(|layer| layer.fetched_bytes)
+                    .sum();
                 println!("{done} of {} layers, {bytes} bytes", progress.layers.len());
             }
             PullUpdate::Done(image) => {

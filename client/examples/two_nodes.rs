@@ -17,7 +17,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         .collect::<Result<Vec<_>, _>>()?;
     let fleet = Fleet::new(nodes, Duration::from_secs(5));
     let rows = fleet.call(|client| async move {
-        client.all_containers(ListContainersRequest::default()).await
+        client
+            .all_containers(ListContainersRequest::default())
+            .await
     });
     let mut rows = pin!(rows);
     while let Some(Row { node, result }) = rows.next().await {

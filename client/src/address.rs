@@ -61,7 +61,9 @@ impl FromStr for Address {
             return if path.starts_with('/') {
                 Ok(Self::Unix(PathBuf::from(path)))
             } else {
-                Err(refuse("a unix socket is an absolute path, as in unix:///run/longshore/longshore.sock"))
+                Err(refuse(
+                    "a unix socket is an absolute path, as in unix:///run/longshore/longshore.sock",
+                ))
             };
         }
         if text.starts_with('/') {
@@ -84,7 +86,9 @@ impl FromStr for Address {
             return Err(refuse("the host is missing, as in tcp://node1:7070"));
         }
         if host.contains(':') && !bracketed {
-            return Err(refuse("an IPv6 address goes in brackets, as in tcp://[fd00::1]:7070"));
+            return Err(refuse(
+                "an IPv6 address goes in brackets, as in tcp://[fd00::1]:7070",
+            ));
         }
         if !port.parse::<u16>().is_ok_and(|port| port != 0) {
             return Err(refuse("the port is a number from 1 to 65535"));
@@ -108,7 +112,10 @@ mod tests {
 
     #[track_caller]
     fn check(text: &str, expected: Option<&str>) {
-        let got = text.parse::<Address>().ok().map(|address| address.to_string());
+        let got = text
+            .parse::<Address>()
+            .ok()
+            .map(|address| address.to_string());
         assert_eq!(got.as_deref(), expected, "{text}");
     }
 

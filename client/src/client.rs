@@ -9,6 +9,7 @@ use tonic::{
     transport::{Channel, Endpoint, Uri},
 };
 use tower::service_fn;
+use uuid::Uuid;
 
 use crate::{
     Address, Error, Retry,
@@ -127,13 +128,16 @@ impl Client {
         }
     }
 
-    /// Makes a call that changes nothing, and again while the agent is unavailable.
+    /// Makes a call, and again while the agent is unavailable.
+    ///
+    /// Only for what may arrive twice: a call that changes nothing, or one with an
+    /// [`idempotency_key`].
     ///
     /// ```no_run
     /// # async fn example(client: longshore_client::Client) -> Result<(), longshore_client::Error> {
     /// use longshore_client::proto::ListImagesRequest;
     /// let images = client
-    ///     .read(|client| async move {
+    ///     .repeat(|client| async move {
     ///         client.images().list_images(ListImagesRequest::default()).await
     ///     })
     ///     .await?;
@@ -142,7 +146,7 @@ impl Client {
     ///
     /// # Errors
     /// What the last attempt said.
-    pub async fn read<T, F, Fut>(&self, call: F) -> Result<T, Error>
+    pub async fn repeat<T, F, Fut>(&self, call: F) -> Result<T, Error>
     where
         F: Fn(Self) -> Fut,
         Fut: Future<Output = Result<Response<T>, Status>>,
@@ -161,6 +165,12 @@ impl Client {
             attempt += 1;
         }
     }
+}
+
+/// A new key that marks one wish, so that the agent knows its retries as such.
+#[must_use]
+pub fn idempotency_key() -> String {
+    Uuid::now_v7().to_string()
 }
 
 fn endpoint(address: &Address) -> Endpoint {
@@ -187,12 +197,9 @@ type Dialed = std::pin::Pin<Box<dyn Future<Output = std::io::Result<TokioIo<Unix
 
 fn dial_unix(
     address: &Address,
-) -> impl tower::Service<
-    Uri,
-    Response = TokioIo<UnixStream>,
-    Error = std::io::Error,
-    Future = Dialed,
-> + Send + 'static {
+) -> impl tower::Service<Uri, Response = TokioIo<UnixStream>, Error = std::io::Error, Future = Dialed>
++ Send
++ 'static {
     let path = match address {
         Address::Unix(path) => path.clone(),
         Address::Tcp(_) => std::path::PathBuf::new(),

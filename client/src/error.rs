@@ -96,7 +96,10 @@ impl Error {
     }
 
     /// Says that the way to `address` failed with `error`, or with what is at the root of it.
-    pub(crate) fn unreachable(address: &Address, error: &(dyn std::error::Error + 'static)) -> Self {
+    pub(crate) fn unreachable(
+        address: &Address,
+        error: &(dyn std::error::Error + 'static),
+    ) -> Self {
         let mut kind = None;
         let mut root = error;
         loop {
@@ -141,7 +144,8 @@ impl Error {
     /// Whether the thing asked for does not exist.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
-        self.refusal().is_some_and(|refusal| refusal.code == Code::NotFound)
+        self.refusal()
+            .is_some_and(|refusal| refusal.code == Code::NotFound)
     }
 }
 
@@ -154,7 +158,11 @@ impl From<&Status> for Refusal {
         Self {
             code: status.code(),
             message: status.message().to_owned(),
-            reason: if ours { Reason::from_reason(&reason_name) } else { None },
+            reason: if ours {
+                Reason::from_reason(&reason_name)
+            } else {
+                None
+            },
             reason_name,
             facts: info
                 .map(|info| info.metadata.clone().into_iter().collect())
@@ -201,14 +209,20 @@ mod tests {
         assert_eq!(error.to_string(), "taken");
         let refusal = error.refusal().expect("the agent answered");
         assert_eq!(refusal.facts["holder"], "sandbox/abc");
-        assert_eq!(refusal.violations[0].field, "config.network.ports[0].host_port");
+        assert_eq!(
+            refusal.violations[0].field,
+            "config.network.ports[0].host_port"
+        );
         assert_eq!(refusal.retry_after, Some(Duration::from_secs(2)));
         assert!(!error.is_unavailable());
     }
 
     #[test]
     fn a_reason_of_a_later_release_or_another_domain_stays_text() {
-        for (reason, domain) in [("WHAT_IS_NEW", ERROR_DOMAIN), ("HOST_PORT_TAKEN", "example.org")] {
+        for (reason, domain) in [
+            ("WHAT_IS_NEW", ERROR_DOMAIN),
+            ("HOST_PORT_TAKEN", "example.org"),
+        ] {
             let mut details = ErrorDetails::new();
             details.set_error_info(reason, domain, []);
             let status = Status::with_error_details(Code::Aborted, "", details);

@@ -122,7 +122,10 @@ mod tests {
 
     fn fleet(deadline: Duration) -> Fleet {
         let node = |name: &str| {
-            Node::named(name, Address::Unix(format!("/nonexistent/{name}.sock").into()))
+            Node::named(
+                name,
+                Address::Unix(format!("/nonexistent/{name}.sock").into()),
+            )
         };
         Fleet::new(vec![node("slow"), node("quick")], deadline)
     }

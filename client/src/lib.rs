@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  Address --> Client --+-- images() lifecycle() networks() ...   the generated services
-//!                       +-- read()    safe calls, repeated while the agent is away
+//!                       +-- repeat()  safe calls, again while the agent is away
 //!                       +-- all_*()   lists of every length
 //!                       +-- pull()    an image, followed to its end
 //!                       +-- watch()   events, read on from a cursor across reconnects
@@ -18,7 +18,7 @@
 //! # async fn example() -> Result<(), longshore_client::Error> {
 //! let client = Client::connect(&Address::from_env()?).await?;
 //! let info = client
-//!     .read(|client| async move { client.node().info(InfoRequest::default()).await })
+//!     .repeat(|client| async move { client.node().info(InfoRequest::default()).await })
 //!     .await?;
 //! # Ok(()) }
 //! ```
@@ -34,7 +34,7 @@ mod retry;
 mod watch;
 
 pub use address::{ADDRESS_VARIABLE, Address, AddressError, DEFAULT_SOCKET};
-pub use client::{Client, MESSAGE_LIMIT_BYTES};
+pub use client::{Client, MESSAGE_LIMIT_BYTES, idempotency_key};
 pub use error::{Error, Refusal, Violation};
 pub use fleet::{Fleet, Node, Row};
 pub use pull::{Pull, PullUpdate};

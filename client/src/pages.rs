@@ -27,7 +27,7 @@ macro_rules! lists {
                 let mut all = Vec::new();
                 loop {
                     let page = self
-                        .read(|client| {
+                        .repeat(|client| {
                             let request = request.clone();
                             async move { client.$service().$call(request).await }
                         })

@@ -113,10 +113,9 @@ impl Pull {
     fn repeatable(error: &Error) -> bool {
         match error {
             Error::Incomplete { .. } | Error::Unreachable { .. } => true,
-            Error::Refused(refusal) => matches!(
-                refusal.reason,
-                Some(Reason::Starting | Reason::Draining)
-            ),
+            Error::Refused(refusal) => {
+                matches!(refusal.reason, Some(Reason::Starting | Reason::Draining))
+            }
             _ => false,
         }
     }

@@ -39,7 +39,9 @@ impl Retry {
         if attempt >= self.attempts {
             return None;
         }
-        let factor = 1_u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX);
+        let factor = 1_u32
+            .checked_shl(attempt.saturating_sub(1))
+            .unwrap_or(u32::MAX);
         let own = self.first.saturating_mul(factor).min(self.longest);
         Some(asked.map_or(own, |asked| own.max(asked.min(self.longest))))
     }

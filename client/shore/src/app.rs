@@ -1,6 +1,12 @@
 //! What every command needs: whom to talk to and how to print.
 
-use std::{future::Future, str::FromStr, time::Duration};
+use std::{
+    future::Future,
+    io,
+    str::FromStr,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use anyhow::Result;
 use clap::Args;
@@ -8,7 +14,8 @@ use longshore_client::{Address, Client, Error, Fleet, Node, Row};
 
 use crate::{
     error::{Problem, render},
-    output::{Format, Output},
+    exit_code::ExitCode,
+    output::{Cell, Column, Format, Output},
     parse, terminal,
 };
 
@@ -61,7 +68,11 @@ impl FromStr for NodeArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let parsed = |address: &str| address.parse::<Address>().map_err(|error| error.to_string());
+        let parsed = |address: &str| {
+            address
+                .parse::<Address>()
+                .map_err(|error| error.to_string())
+        };
         match text.split_once('=') {
             Some((name, address)) if !name.is_empty() && !name.contains('/') => {
                 Ok(Self(Node::named(name, parsed(address)?)))
@@ -76,6 +87,8 @@ impl FromStr for NodeArg {
 pub(crate) struct App {
     nodes: Vec<Node>,
     node_timeout: Duration,
+    /// A node did not answer, so what was shown is not all there is.
+    partial: AtomicBool,
     pub(crate) output: Output,
 }
 
@@ -84,6 +97,7 @@ impl App {
         Self {
             nodes: global.nodes.into_iter().map(|NodeArg(node)| node).collect(),
             node_timeout: global.node_timeout,
+            partial: AtomicBool::new(false),
             output: Output::new(global.output),
         }
     }
@@ -105,6 +119,27 @@ impl App {
         self.nodes.len() > 1
     }
 
+    /// The column that says whose a row is, when there are several.
+    pub(crate) fn node_column(&self) -> Option<Column> {
+        self.many().then(|| Column::text("NODE"))
+    }
+
+    /// Puts `node` into the column of [`App::node_column`].
+    pub(crate) fn name_row(&self, row: &mut Vec<Cell>, node: &str) {
+        if self.many() {
+            row.insert(0, node.into());
+        }
+    }
+
+    /// How a list ends: well only if every node answered.
+    pub(crate) fn outcome(&self) -> ExitCode {
+        if self.partial.load(Ordering::Relaxed) {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::OK
+        }
+    }
+
     /// Asks every agent. One that does not answer is reported on standard error, and its row is
     /// missing; if none answers, that is the error.
     pub(crate) async fn ask<T, F, Fut>(&self, call: F) -> Result<Vec<(String, T)>>
@@ -124,7 +159,8 @@ impl App {
                 Ok(answer) => answers.push((node.name, answer)),
                 Err(error) => {
                     let error = anyhow::Error::from(error).context(node.name);
-                    eprint!("{}", render(&error, terminal::colours(&std::io::stderr())));
+                    eprint!("{}", render(&error, terminal::colours(&io::stderr())));
+                    self.partial.store(true, Ordering::Relaxed);
                     failure = Some(error);
                 }
             }
@@ -143,9 +179,15 @@ mod tests {
     #[test]
     fn nodes_may_have_names() {
         let node = |text: &str| text.parse::<NodeArg>().map(|NodeArg(node)| node);
-        assert_eq!(node("/run/a.sock").expect("valid").name, "unix:///run/a.sock");
+        assert_eq!(
+            node("/run/a.sock").expect("valid").name,
+            "unix:///run/a.sock"
+        );
         assert_eq!(node("a=tcp://h:1").expect("valid").name, "a");
-        assert_eq!(node("/run/x=y.sock").expect("valid").name, "unix:///run/x=y.sock");
+        assert_eq!(
+            node("/run/x=y.sock").expect("valid").name,
+            "unix:///run/x=y.sock"
+        );
         assert!(node("a=b").is_err());
         assert!(node("b").is_err());
     }

@@ -63,7 +63,8 @@ fn candidates(live: Live, current: &OsStr) -> Vec<CompletionCandidate> {
     let Some(current) = current.to_str() else {
         return Vec::new();
     };
-    let mut found = ask(move |client| async move { names(&client, live).await }).unwrap_or_default();
+    let mut found =
+        ask(move |client| async move { names(&client, live).await }).unwrap_or_default();
     found.retain(|(name, _)| name.starts_with(current));
     found.sort();
     found.dedup();
@@ -94,7 +95,11 @@ where
 async fn names(client: &Client, live: Live) -> Option<Vec<(String, String)>> {
     let mut found = Vec::new();
     if matches!(live, Live::Containers | Live::Targets | Live::Anything) {
-        for container in client.all_containers(ListContainersRequest::default()).await.ok()? {
+        for container in client
+            .all_containers(ListContainersRequest::default())
+            .await
+            .ok()?
+        {
             let state = container.state().as_str_name();
             let help = format!("{} {}", container.image, plain(state, "CONTAINER_STATE_"));
             found.push((short_id(&container.id).to_owned(), help.clone()));
@@ -102,7 +107,11 @@ async fn names(client: &Client, live: Live) -> Option<Vec<(String, String)>> {
         }
     }
     if matches!(live, Live::Pods | Live::Targets | Live::Anything) {
-        for pod in client.all_sandboxes(ListSandboxesRequest::default()).await.ok()? {
+        for pod in client
+            .all_sandboxes(ListSandboxesRequest::default())
+            .await
+            .ok()?
+        {
             let help = format!("pod {}", plain(pod.state().as_str_name(), "SANDBOX_STATE_"));
             found.push((short_id(&pod.id).to_owned(), help.clone()));
             found.push((pod.name, help));
@@ -111,18 +120,32 @@ async fn names(client: &Client, live: Live) -> Option<Vec<(String, String)>> {
     if matches!(live, Live::Images | Live::Anything) {
         for image in client.all_images(ListImagesRequest::default()).await.ok()? {
             found.extend(image.tags.iter().map(|tag| {
-                (familiar(tag).to_owned(), format!("image {}", short_id(&image.id)))
+                (
+                    familiar(tag).to_owned(),
+                    format!("image {}", short_id(&image.id)),
+                )
             }));
         }
     }
     if matches!(live, Live::Networks | Live::Anything) {
-        for network in client.all_networks(ListNetworksRequest::default()).await.ok()? {
+        for network in client
+            .all_networks(ListNetworksRequest::default())
+            .await
+            .ok()?
+        {
             found.push((network.name, format!("network {}", network.bridge)));
         }
     }
     if matches!(live, Live::Operations) {
-        for operation in client.all_operations(ListOperationsRequest::default()).await.ok()? {
-            found.push((operation.id, format!("{} {}", operation.name, operation.subject)));
+        for operation in client
+            .all_operations(ListOperationsRequest::default())
+            .await
+            .ok()?
+        {
+            found.push((
+                operation.id,
+                format!("{} {}", operation.name, operation.subject),
+            ));
         }
     }
     Some(found)

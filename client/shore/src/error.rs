@@ -28,6 +28,9 @@ pub(crate) enum Problem {
     /// The state of things does not allow it.
     #[error("{0}")]
     State(String),
+    /// What was waited for went wrong.
+    #[error("{0}")]
+    Failed(String),
     /// `run` did not get as far as a running container.
     #[error(transparent)]
     Run(anyhow::Error),
@@ -43,7 +46,11 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
             Problem::Usage(_) => ExitCode::USAGE,
             Problem::NotFound { .. } => ExitCode::NOT_FOUND,
             Problem::Ambiguous { .. } | Problem::State(_) => ExitCode::CONFLICT,
-            Problem::Run(_) => ExitCode::RUN_REFUSED,
+            Problem::Failed(_) => ExitCode::FAILURE,
+            Problem::Run(inner) => match agent_error(inner).map(ExitCode::of_error) {
+                Some(code @ (ExitCode::NO_SUCH_COMMAND | ExitCode::CANNOT_EXECUTE)) => code,
+                _ => ExitCode::RUN_REFUSED,
+            },
         };
     }
     agent_error(error).map_or(ExitCode::FAILURE, ExitCode::of_error)
@@ -93,7 +100,9 @@ fn agent_error(error: &anyhow::Error) -> Option<&Error> {
     if let Some(Problem::Run(inner)) = error.downcast_ref::<Problem>() {
         return agent_error(inner);
     }
-    error.chain().find_map(|error| error.downcast_ref::<Error>())
+    error
+        .chain()
+        .find_map(|error| error.downcast_ref::<Error>())
 }
 
 fn problem_hint(problem: &Problem) -> Option<String> {
@@ -110,7 +119,7 @@ fn problem_hint(problem: &Problem) -> Option<String> {
         )),
         Problem::Ambiguous { .. } => Some("write more of the id, or the whole name".into()),
         Problem::Usage(_) => Some("add --help to see what the command takes".into()),
-        Problem::State(_) | Problem::Run(_) => None,
+        Problem::State(_) | Problem::Failed(_) | Problem::Run(_) => None,
     }
 }
 
@@ -124,12 +133,14 @@ fn agent_hint(error: &Error) -> Option<String> {
                 "`systemctl start longshored`, or name the agent's address with --address or {ADDRESS_VARIABLE}"
             ),
         }),
-        Error::Deadline { .. } => {
-            Some("`shore operations` shows what the agent is busy with; --node-timeout waits longer".into())
-        }
+        Error::Deadline { .. } => Some(
+            "`shore operations` shows what the agent is busy with; --node-timeout waits longer"
+                .into(),
+        ),
         Error::Refused(refusal) => refusal_hint(refusal),
         Error::Incomplete { .. } => Some(
-            "`journalctl -u longshored` says why; the same command again continues what was begun".into(),
+            "`journalctl -u longshored` says why; the same command again continues what was begun"
+                .into(),
         ),
         _ => None,
     }
@@ -144,21 +155,31 @@ fn refusal_hint(refusal: &Refusal) -> Option<String> {
         ));
     }
     if let (Some(operation), Code::Aborted) = (refusal.facts.get("operation_id"), refusal.code) {
-        return Some(format!("`shore operations wait {operation}` and then again"));
+        return Some(format!(
+            "`shore operations wait {operation}` and then again"
+        ));
     }
     match refusal.code {
         Code::PermissionDenied | Code::Unauthenticated => {
             Some("ask whoever runs this node for a certificate with that role".into())
         }
         Code::Unavailable | Code::ResourceExhausted => Some(match refusal.retry_after {
-            Some(wait) => format!("again in {}", crate::human::span(wait.max(std::time::Duration::from_secs(1)))),
+            Some(wait) => format!(
+                "again in {}",
+                crate::human::span(wait.max(std::time::Duration::from_secs(1)))
+            ),
             None => "again in a moment".into(),
         }),
         Code::Unimplemented => Some(
-            "`shore info` shows the agent's version, and `longshored check` what its host lacks".into(),
+            "`shore info` shows the agent's version, and `longshored check` what its host lacks"
+                .into(),
         ),
-        Code::DataLoss => Some("`shore fsck` compares what the agent knows with what there is".into()),
-        Code::Internal | Code::Unknown => Some("`journalctl -u longshored` has the whole story".into()),
+        Code::DataLoss => {
+            Some("`shore fsck` compares what the agent knows with what there is".into())
+        }
+        Code::Internal | Code::Unknown => {
+            Some("`journalctl -u longshored` has the whole story".into())
+        }
         _ => None,
     }
 }
@@ -207,7 +228,9 @@ mod tests {
         let mut refusal = refusal(Code::FailedPrecondition);
         refusal.facts.insert("holder".into(), "sandbox/abc".into());
         let error = refused(refusal);
-        assert!(render(&error, false).contains("try: it is held by sandbox/abc; `shore inspect abc`"));
+        assert!(
+            render(&error, false).contains("try: it is held by sandbox/abc; `shore inspect abc`")
+        );
         assert_eq!(exit_code(&error), ExitCode::CONFLICT);
     }
 
@@ -238,7 +261,10 @@ mod tests {
     fn run_that_was_refused_ends_with_dockers_code_and_the_same_words() {
         let error: anyhow::Error = Problem::Run(refused(refusal(Code::NotFound))).into();
         assert_eq!(exit_code(&error), ExitCode::RUN_REFUSED);
-        assert_eq!(render(&error, false), "shore: host port 8080/tcp is taken\n");
+        assert_eq!(
+            render(&error, false),
+            "shore: host port 8080/tcp is taken\n"
+        );
     }
 
     #[test]

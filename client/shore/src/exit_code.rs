@@ -11,7 +11,7 @@
 //! | 125 | `run`: the agent refused before the container started |
 //! | 126 | `run`, `exec`: the command is there but cannot be executed |
 //! | 127 | `run`, `exec`: the command is not there |
-//! | else | `run`, `exec`, `wait`: the container's own; 128 + n when signal n ended it |
+//! | else | `run`, `exec`, `attach`: the container's own; 128 + n when signal n ended it |
 
 use longshore_client::{Error, Reason};
 use tonic::Code;
@@ -42,22 +42,31 @@ impl ExitCode {
         match error {
             Error::Address(_) => Self::USAGE,
             Error::Unreachable { .. } | Error::Deadline { .. } => Self::UNAVAILABLE,
-            Error::Refused(refusal) => match refusal.code {
-                Code::Ok => Self::OK,
-                Code::InvalidArgument | Code::OutOfRange => Self::USAGE,
-                Code::NotFound => Self::NOT_FOUND,
-                Code::AlreadyExists | Code::FailedPrecondition | Code::Aborted => Self::CONFLICT,
-                Code::Unavailable | Code::ResourceExhausted => Self::UNAVAILABLE,
-                Code::Cancelled
-                | Code::Unknown
-                | Code::DeadlineExceeded
-                | Code::PermissionDenied
-                | Code::Unimplemented
-                | Code::Internal
-                | Code::DataLoss
-                | Code::Unauthenticated => Self::FAILURE,
+            Error::Refused(refusal) => match refusal.reason {
+                Some(Reason::CommandNotFound) => Self::NO_SUCH_COMMAND,
+                Some(Reason::CommandNotExecutable) => Self::CANNOT_EXECUTE,
+                _ => Self::of_code(refusal.code),
             },
-            Error::Incomplete { .. } => Self::FAILURE,
+            // Incomplete, and what a later release of the client adds.
+            _ => Self::FAILURE,
+        }
+    }
+
+    fn of_code(code: Code) -> Self {
+        match code {
+            Code::Ok => Self::OK,
+            Code::InvalidArgument | Code::OutOfRange => Self::USAGE,
+            Code::NotFound => Self::NOT_FOUND,
+            Code::AlreadyExists | Code::FailedPrecondition | Code::Aborted => Self::CONFLICT,
+            Code::Unavailable | Code::ResourceExhausted => Self::UNAVAILABLE,
+            Code::Cancelled
+            | Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::PermissionDenied
+            | Code::Unimplemented
+            | Code::Internal
+            | Code::DataLoss
+            | Code::Unauthenticated => Self::FAILURE,
         }
     }
 }

@@ -59,12 +59,21 @@ impl Things {
         if found.is_empty()
             && let Ok(pod) = self.find_pod(name)
         {
-            let mut inside = self.containers.iter().filter(|one| one.sandbox_id == pod.id);
+            let mut inside = self
+                .containers
+                .iter()
+                .filter(|one| one.sandbox_id == pod.id);
             if let (Some(only), None) = (inside.next(), inside.next()) {
                 return Ok(only);
             }
         }
-        one("container", name, found, |found| self.full_name(found), |found| &found.id)
+        one(
+            "container",
+            name,
+            found,
+            |found| self.full_name(found),
+            |found| &found.id,
+        )
     }
 
     /// The pod or container called `name`.
@@ -83,9 +92,13 @@ impl Things {
         if containers.is_empty() {
             return self.find_pod(name).cloned().map(Target::Pod);
         }
-        let container = one("container", name, containers, |found| self.full_name(found), |found| {
-            &found.id
-        })?;
+        let container = one(
+            "container",
+            name,
+            containers,
+            |found| self.full_name(found),
+            |found| &found.id,
+        )?;
         if let Some(pod) = self.pod(&container.sandbox_id)
             && pod.annotations.contains_key(RUN_ANNOTATION)
         {
@@ -117,14 +130,21 @@ impl Things {
 
     fn containers_called(&self, name: &str) -> Vec<&Container> {
         let by_pod = name.split_once('/');
-        matching(&self.containers, name, |one| &one.id, |one| match by_pod {
-            None => one.name == name,
-            Some((pod, container)) => {
-                one.name == container
-                    && (one.sandbox_id.starts_with(pod)
-                        || self.pod(&one.sandbox_id).is_some_and(|found| found.name == pod))
-            }
-        })
+        matching(
+            &self.containers,
+            name,
+            |one| &one.id,
+            |one| match by_pod {
+                None => one.name == name,
+                Some((pod, container)) => {
+                    one.name == container
+                        && (one.sandbox_id.starts_with(pod)
+                            || self
+                                .pod(&one.sandbox_id)
+                                .is_some_and(|found| found.name == pod))
+                }
+            },
+        )
     }
 }
 
@@ -237,7 +257,10 @@ mod tests {
         found("cache/app", Ok("d444"));
         found("bb33/app", Ok("d444"));
         found("cache", Ok("d444"));
-        found("app", Err("could be 2 containers: c222 (db/app), d444 (cache/app)"));
+        found(
+            "app",
+            Err("could be 2 containers: c222 (db/app), d444 (cache/app)"),
+        );
         found("c22", Err("could be 2 containers"));
         found("db", Err("there is no container `db`"));
         found("nope", Err("there is no container `nope`"));

@@ -176,9 +176,18 @@ mod tests {
 
     #[test]
     fn names_of_values_and_images_are_shortened() {
-        assert_eq!(plain("CONTAINER_STATE_RUNNING", "CONTAINER_STATE_"), "running");
-        assert_eq!(plain("SANDBOX_STATE_NOT_READY", "SANDBOX_STATE_"), "not ready");
-        assert_eq!(familiar("docker.io/library/busybox:latest"), "busybox:latest");
+        assert_eq!(
+            plain("CONTAINER_STATE_RUNNING", "CONTAINER_STATE_"),
+            "running"
+        );
+        assert_eq!(
+            plain("SANDBOX_STATE_NOT_READY", "SANDBOX_STATE_"),
+            "not ready"
+        );
+        assert_eq!(
+            familiar("docker.io/library/busybox:latest"),
+            "busybox:latest"
+        );
         assert_eq!(familiar("docker.io/me/app:1"), "me/app:1");
         assert_eq!(familiar("ghcr.io/me/app:1"), "ghcr.io/me/app:1");
     }

@@ -92,6 +92,10 @@ impl Output {
         write(table.render(self.wide(), self.colours).as_bytes())
     }
 
+    pub(crate) fn text(self, text: &str) -> anyhow::Result<()> {
+        write(text.as_bytes())
+    }
+
     pub(crate) fn line(self, text: &str) -> anyhow::Result<()> {
         write(format!("{text}\n").as_bytes())
     }
@@ -126,9 +130,26 @@ macro_rules! named {
 }
 
 named!(
-    CheckResponse, Container, ContainerStats, Difference, Event, GetContainerResponse,
-    GetImageResponse, GetNetworkResponse, GetSandboxResponse, Image, InfoResponse, Lease, LogEntry,
-    Network, Operation, PruneImagesResponse, PulledImage, Sandbox, StatsResponse, UsageResponse,
+    CheckResponse,
+    Container,
+    ContainerStats,
+    Difference,
+    Event,
+    GetContainerResponse,
+    GetImageResponse,
+    GetNetworkResponse,
+    GetSandboxResponse,
+    Image,
+    InfoResponse,
+    Lease,
+    LogEntry,
+    Network,
+    Operation,
+    PruneImagesResponse,
+    PulledImage,
+    Sandbox,
+    StatsResponse,
+    UsageResponse,
     WaitContainerResponse,
 );
 
@@ -149,7 +170,8 @@ pub(crate) fn json<M: Named>(message: &M) -> anyhow::Result<Value> {
 fn pool() -> anyhow::Result<DescriptorPool> {
     static POOL: std::sync::OnceLock<Result<DescriptorPool, String>> = std::sync::OnceLock::new();
     POOL.get_or_init(|| {
-        DescriptorPool::decode(longshore_proto::longshore::v1::FILE_DESCRIPTOR_SET).map_err(|error| error.to_string())
+        DescriptorPool::decode(longshore_proto::longshore::v1::FILE_DESCRIPTOR_SET)
+            .map_err(|error| error.to_string())
     })
     .clone()
     .map_err(|error| anyhow::anyhow!("the protocol's own description cannot be read: {error}"))
@@ -267,12 +289,25 @@ impl Table {
         } else {
             table.force_no_tty();
         }
-        table.set_header(self.columns.iter().filter(|column| shown(column)).map(|column| {
-            let cell = TableCell::new(column.title);
-            if colours { cell.add_attribute(Attribute::Bold) } else { cell }
-        }));
+        table.set_header(
+            self.columns
+                .iter()
+                .filter(|column| shown(column))
+                .map(|column| {
+                    let cell = TableCell::new(column.title);
+                    if colours {
+                        cell.add_attribute(Attribute::Bold)
+                    } else {
+                        cell
+                    }
+                }),
+        );
         for row in &self.rows {
-            let cells = self.columns.iter().zip(row).filter(|(column, _)| shown(column));
+            let cells = self
+                .columns
+                .iter()
+                .zip(row)
+                .filter(|(column, _)| shown(column));
             table.add_row(cells.map(|(_, cell)| styled(cell, colours)));
         }
         let rights: Vec<bool> = self
@@ -352,8 +387,14 @@ mod tests {
         let container = Container {
             id: "abc".into(),
             state: ContainerState::Exited.into(),
-            exit: Some(Exit { code: 3, ..Default::default() }),
-            created_at: Some(prost_types::Timestamp { seconds: 1, nanos: 0 }),
+            exit: Some(Exit {
+                code: 3,
+                ..Default::default()
+            }),
+            created_at: Some(prost_types::Timestamp {
+                seconds: 1,
+                nanos: 0,
+            }),
             ..Default::default()
         };
         let value = json(&container).expect("described");

@@ -35,9 +35,7 @@ pub(crate) fn publish(text: &str) -> Result<Publish, String> {
         Some((_, other)) => return Err(format!("`{other}` is not tcp, udp or sctp")),
     };
     let Some((before, container)) = ports.rsplit_once(':') else {
-        return Err(format!(
-            "name both ports, host first, as in 8080:{ports}"
-        ));
+        return Err(format!("name both ports, host first, as in 8080:{ports}"));
     };
     let (host_ip, host) = match before.rsplit_once(':') {
         None => (None, before),
@@ -65,7 +63,9 @@ pub(crate) fn publish(text: &str) -> Result<Publish, String> {
 
 fn port(text: &str) -> Result<u16, String> {
     match text.parse::<u16>() {
-        Ok(0) | Err(_) => Err(format!("`{text}` is not a port: write a number from 1 to 65535")),
+        Ok(0) | Err(_) => Err(format!(
+            "`{text}` is not a port: write a number from 1 to 65535"
+        )),
         Ok(port) => Ok(port),
     }
 }
@@ -95,7 +95,9 @@ pub(crate) fn volume(text: &str) -> Result<Volume, String> {
 fn volume_seen_from(text: &str, here: &Path) -> Result<Volume, String> {
     let mut parts = text.split(':');
     let (Some(source), Some(target)) = (parts.next(), parts.next()) else {
-        return Err("name the path here and the path in the container, as in /srv/data:/data".into());
+        return Err(
+            "name the path here and the path in the container, as in /srv/data:/data".into(),
+        );
     };
     let options = parts.next();
     if parts.next().is_some() {
@@ -103,7 +105,11 @@ fn volume_seen_from(text: &str, here: &Path) -> Result<Volume, String> {
     }
     let source = if source.starts_with('/') {
         PathBuf::from(source)
-    } else if source.starts_with("./") || source.starts_with("../") || source == "." || source == ".." {
+    } else if source.starts_with("./")
+        || source.starts_with("../")
+        || source == "."
+        || source == ".."
+    {
         joined(here, Path::new(source))
     } else {
         return Err(format!(
@@ -299,11 +305,29 @@ mod tests {
         published("8080:80", Some((None, 8080, 80, Tcp)));
         published("53:53/udp", Some((None, 53, 53, Udp)));
         published("1:2/sctp", Some((None, 1, 2, Sctp)));
-        published("127.0.0.1:8080:80", Some((Some("127.0.0.1"), 8080, 80, Tcp)));
-        published("[fd00::1]:8080:80/tcp", Some((Some("fd00::1"), 8080, 80, Tcp)));
+        published(
+            "127.0.0.1:8080:80",
+            Some((Some("127.0.0.1"), 8080, 80, Tcp)),
+        );
+        published(
+            "[fd00::1]:8080:80/tcp",
+            Some((Some("fd00::1"), 8080, 80, Tcp)),
+        );
         for bad in [
-            "80", "", ":80", "8080:", "0:80", "8080:0", "70000:80", "8080:80/icmp", "8080:80/",
-            "fd00::1:8080:80", "localhost:8080:80", "a:b", "-1:80", "1:2:3:4",
+            "80",
+            "",
+            ":80",
+            "8080:",
+            "0:80",
+            "8080:0",
+            "70000:80",
+            "8080:80/icmp",
+            "8080:80/",
+            "fd00::1:8080:80",
+            "localhost:8080:80",
+            "a:b",
+            "-1:80",
+            "1:2:3:4",
         ] {
             published(bad, None);
         }
@@ -331,7 +355,16 @@ mod tests {
         mounted("./x:/b", Some(("/home/me/x", "/b", false, Private)));
         mounted("../x:/b", Some(("/home/x", "/b", false, Private)));
         mounted(".:/b", Some(("/home/me", "/b", false, Private)));
-        for bad in ["/a", "data:/b", "/a:b", "/a:/b/../c", "/a:/b:rx", "/a:/b:ro:x", ":/b", ""] {
+        for bad in [
+            "/a",
+            "data:/b",
+            "/a:b",
+            "/a:/b/../c",
+            "/a:/b:rx",
+            "/a:/b:ro:x",
+            ":/b",
+            "",
+        ] {
             mounted(bad, None);
         }
     }

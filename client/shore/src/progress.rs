@@ -202,13 +202,19 @@ mod tests {
         let resolving = picture(PullStage::Resolving, &[]);
         assert_eq!(lines.update(&resolving), ["resolving"]);
         assert!(lines.update(&resolving).is_empty());
-        let fetching = picture(PullStage::Fetching, &[LayerState::Present, LayerState::Fetching]);
+        let fetching = picture(
+            PullStage::Fetching,
+            &[LayerState::Present, LayerState::Fetching],
+        );
         assert_eq!(
             lines.update(&fetching),
             ["000000000000: already here (2.00KiB)", "fetching 2 layers"]
         );
         assert!(lines.update(&fetching).is_empty());
-        let committing = picture(PullStage::Committing, &[LayerState::Present, LayerState::Done]);
+        let committing = picture(
+            PullStage::Committing,
+            &[LayerState::Present, LayerState::Done],
+        );
         assert_eq!(
             lines.update(&committing),
             ["100000000000: done (2.00KiB)", "committing"]

@@ -8,13 +8,13 @@
 //! ```
 
 use std::{
-    io::{self, Read as _, Write as _},
+    io::{self, Read as _},
     thread,
 };
 
 use anyhow::{Context as _, Result};
-use prost::bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
+use prost::bytes::Bytes;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
@@ -102,7 +102,11 @@ impl Session<'_> {
         outputs: impl Stream<Item = Result<Chunk>>,
     ) -> Result<End> {
         futures_util::pin_mut!(outputs);
-        let mut typed = if self.stdin { Some(read_stdin()?) } else { None };
+        let mut typed = if self.stdin {
+            Some(read_stdin()?)
+        } else {
+            None
+        };
         let mut watch = DetachWatch::new(&self.detach);
         let mut resized = if self.tty {
             resize(&inputs).await;
@@ -164,22 +168,20 @@ fn put(to: &mut impl io::Write, bytes: &[u8]) -> io::Result<()> {
 /// Standard input, read on a thread of its own: a blocking read cannot be given up.
 fn read_stdin() -> io::Result<mpsc::Receiver<Vec<u8>>> {
     let (sender, receiver) = mpsc::channel(INPUT_QUEUE);
-    thread::Builder::new()
-        .name("stdin".into())
-        .spawn(move || {
-            let mut buffer = vec![0; INPUT_CHUNK_BYTES];
-            loop {
-                match io::stdin().lock().read(&mut buffer) {
-                    Ok(count) if count > 0 => {
-                        if sender.blocking_send(buffer[..count].to_vec()).is_err() {
-                            return;
-                        }
+    thread::Builder::new().name("stdin".into()).spawn(move || {
+        let mut buffer = vec![0; INPUT_CHUNK_BYTES];
+        loop {
+            match io::stdin().lock().read(&mut buffer) {
+                Ok(count) if count > 0 => {
+                    if sender.blocking_send(buffer[..count].to_vec()).is_err() {
+                        return;
                     }
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Ok(_) | Err(_) => return,
                 }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(_) | Err(_) => return,
             }
-        })?;
+        }
+    })?;
     Ok(receiver)
 }
 
@@ -228,12 +230,19 @@ mod tests {
             detach: DetachKeys::parse("").expect("no keys"),
             signals: None,
         };
-        session.run(sender, futures_util::stream::iter(chunks)).await
+        session
+            .run(sender, futures_util::stream::iter(chunks))
+            .await
     }
 
     #[tokio::test]
     async fn the_exit_code_ends_a_session() {
-        let end = run(vec![Ok(Chunk::Nothing), Ok(Chunk::Exited(7)), Ok(Chunk::Exited(8))]).await;
+        let end = run(vec![
+            Ok(Chunk::Nothing),
+            Ok(Chunk::Exited(7)),
+            Ok(Chunk::Exited(8)),
+        ])
+        .await;
         assert_eq!(end.expect("no error"), End::Exited(7));
     }
 

@@ -27,7 +27,9 @@ pub(crate) fn colours(stream: &impl IsTerminal) -> bool {
 
 /// Columns and rows of the terminal, if there is one that knows.
 pub(crate) fn size() -> Option<(u32, u32)> {
-    let size = tcgetwinsize(io::stdout()).or_else(|_| tcgetwinsize(io::stdin())).ok()?;
+    let size = tcgetwinsize(io::stdout())
+        .or_else(|_| tcgetwinsize(io::stdin()))
+        .ok()?;
     (size.ws_col > 0 && size.ws_row > 0).then(|| (size.ws_col.into(), size.ws_row.into()))
 }
 
@@ -67,6 +69,11 @@ fn set(terminal: BorrowedFd<'_>, mode: &Termios) -> io::Result<()> {
 pub(crate) struct DetachKeys(Vec<u8>);
 
 impl DetachKeys {
+    /// No keys: there is no way to leave.
+    pub(crate) const fn none() -> Self {
+        Self(Vec::new())
+    }
+
     /// Reads a list of `ctrl-<letter>` and single characters, separated by commas.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         if text.is_empty() {
@@ -118,13 +125,19 @@ impl DetachWatch {
         let mut forward = Vec::with_capacity(input.len());
         if self.keys.is_empty() {
             forward.extend_from_slice(input);
-            return Typed { forward, detach: false };
+            return Typed {
+                forward,
+                detach: false,
+            };
         }
         for &byte in input {
             if byte == self.keys[self.matched] {
                 self.matched += 1;
                 if self.matched == self.keys.len() {
-                    return Typed { forward, detach: true };
+                    return Typed {
+                        forward,
+                        detach: true,
+                    };
                 }
                 continue;
             }
@@ -133,10 +146,16 @@ impl DetachWatch {
             if self.matched == 0 {
                 forward.push(byte);
             } else if self.keys.len() == 1 {
-                return Typed { forward, detach: true };
+                return Typed {
+                    forward,
+                    detach: true,
+                };
             }
         }
-        Typed { forward, detach: false }
+        Typed {
+            forward,
+            detach: false,
+        }
     }
 }
 
@@ -146,7 +165,10 @@ mod tests {
 
     #[test]
     fn keys_are_written_as_docker_does() {
-        assert_eq!(DetachKeys::parse("ctrl-p,ctrl-q"), Ok(DetachKeys(vec![16, 17])));
+        assert_eq!(
+            DetachKeys::parse("ctrl-p,ctrl-q"),
+            Ok(DetachKeys(vec![16, 17]))
+        );
         assert_eq!(DetachKeys::parse("~,."), Ok(DetachKeys(b"~.".to_vec())));
         assert_eq!(DetachKeys::parse("ctrl-]"), Ok(DetachKeys(vec![0x1d])));
         assert_eq!(DetachKeys::parse(""), Ok(DetachKeys(Vec::new())));
