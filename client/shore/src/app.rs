@@ -2,7 +2,6 @@
 
 use std::{
     future::Future,
-    io,
     str::FromStr,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -13,10 +12,10 @@ use clap::Args;
 use longshore_client::{Address, Client, Error, Fleet, Node, Row};
 
 use crate::{
-    error::{Problem, render},
+    error::{Problem, report},
     exit_code::ExitCode,
     output::{Cell, Column, Format, Output},
-    parse, terminal,
+    parse,
 };
 
 /// Options of every command.
@@ -68,6 +67,10 @@ impl FromStr for NodeArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            // What an empty environment variable means everywhere.
+            return Ok(Self(Node::new(Address::default())));
+        }
         let parsed = |address: &str| {
             address
                 .parse::<Address>()
@@ -153,22 +156,19 @@ impl App {
         }
         let fleet = Fleet::new(self.nodes.clone(), self.node_timeout);
         let mut answers = Vec::new();
-        let mut failure = None;
         for Row { node, result } in fleet.collect(call).await {
             match result {
                 Ok(answer) => answers.push((node.name, answer)),
                 Err(error) => {
-                    let error = anyhow::Error::from(error).context(node.name);
-                    eprint!("{}", render(&error, terminal::colours(&io::stderr())));
+                    report(&anyhow::Error::from(error).context(node.name));
                     self.partial.store(true, Ordering::Relaxed);
-                    failure = Some(error);
                 }
             }
         }
-        match failure {
-            Some(error) if answers.is_empty() => Err(error.context("no agent answered")),
-            _ => Ok(answers),
+        if answers.is_empty() {
+            return Err(Problem::NoAgent.into());
         }
+        Ok(answers)
     }
 }
 
@@ -188,6 +188,7 @@ mod tests {
             node("/run/x=y.sock").expect("valid").name,
             "unix:///run/x=y.sock"
         );
+        assert_eq!(node("").expect("unset").address, Address::default());
         assert!(node("a=b").is_err());
         assert!(node("b").is_err());
     }

@@ -6,7 +6,7 @@ use std::io;
 use longshore_client::{ADDRESS_VARIABLE, Error, Refusal};
 use tonic::Code;
 
-use crate::exit_code::ExitCode;
+use crate::{exit_code::ExitCode, terminal};
 
 /// What `shore` itself finds wrong.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +31,9 @@ pub(crate) enum Problem {
     /// What was waited for went wrong.
     #[error("{0}")]
     Failed(String),
+    /// Every node was reported on by itself; this is what is left to say.
+    #[error("no agent answered")]
+    NoAgent,
     /// `run` did not get as far as a running container.
     #[error(transparent)]
     Run(anyhow::Error),
@@ -47,6 +50,7 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
             Problem::NotFound { .. } => ExitCode::NOT_FOUND,
             Problem::Ambiguous { .. } | Problem::State(_) => ExitCode::CONFLICT,
             Problem::Failed(_) => ExitCode::FAILURE,
+            Problem::NoAgent => ExitCode::UNAVAILABLE,
             Problem::Run(inner) => match agent_error(inner).map(ExitCode::of_error) {
                 Some(code @ (ExitCode::NO_SUCH_COMMAND | ExitCode::CANNOT_EXECUTE)) => code,
                 _ => ExitCode::RUN_REFUSED,
@@ -62,6 +66,13 @@ pub(crate) fn closed_pipe(error: &anyhow::Error) -> bool {
         .chain()
         .filter_map(|error| error.downcast_ref::<io::Error>())
         .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Tells a person on standard error; a reader that went away is no news.
+pub(crate) fn report(error: &anyhow::Error) {
+    if !closed_pipe(error) {
+        terminal::note(render(error, terminal::colours(&io::stderr())).trim_end());
+    }
 }
 
 /// `error` in lines: the sentence, the fields that were wrong, and what to do.
@@ -119,7 +130,7 @@ fn problem_hint(problem: &Problem) -> Option<String> {
         )),
         Problem::Ambiguous { .. } => Some("write more of the id, or the whole name".into()),
         Problem::Usage(_) => Some("add --help to see what the command takes".into()),
-        Problem::State(_) | Problem::Failed(_) | Problem::Run(_) => None,
+        Problem::State(_) | Problem::Failed(_) | Problem::NoAgent | Problem::Run(_) => None,
     }
 }
 

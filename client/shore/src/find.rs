@@ -55,22 +55,23 @@ impl Things {
 
     /// The container called `name`; the name of a pod with one container will do.
     pub(crate) fn find_container(&self, name: &str) -> Result<&Container> {
-        let found = self.containers_called(name);
-        if found.is_empty()
+        if self.containers_called(name).is_empty()
             && let Ok(pod) = self.find_pod(name)
         {
-            let mut inside = self
-                .containers
-                .iter()
-                .filter(|one| one.sandbox_id == pod.id);
+            let mut inside = self.inside(pod);
             if let (Some(only), None) = (inside.next(), inside.next()) {
                 return Ok(only);
             }
         }
+        self.find_named_container(name)
+    }
+
+    /// The container called `name`, and nothing else.
+    pub(crate) fn find_named_container(&self, name: &str) -> Result<&Container> {
         one(
             "container",
             name,
-            found,
+            self.containers_called(name),
             |found| self.full_name(found),
             |found| &found.id,
         )
@@ -78,7 +79,8 @@ impl Things {
 
     /// The pod or container called `name`.
     ///
-    /// A container of a pod that `run` made stands for its pod: they are stopped and removed together.
+    /// The container of a pod that `run` made stands for its pod: they are stopped and removed
+    /// together. One that was added later stands for itself.
     pub(crate) fn find(&self, name: &str) -> Result<Target> {
         let containers = self.containers_called(name);
         let pods = matching(&self.pods, name, |pod| &pod.id, |pod| pod.name == name);
@@ -101,6 +103,7 @@ impl Things {
         )?;
         if let Some(pod) = self.pod(&container.sandbox_id)
             && pod.annotations.contains_key(RUN_ANNOTATION)
+            && (self.inside(pod).count() == 1 || pods.iter().any(|named| named.id == pod.id))
         {
             return Ok(Target::Pod(pod.clone()));
         }
@@ -126,6 +129,12 @@ impl Things {
             Some(pod) => format!("{}/{}", pod.name, container.name),
             None => container.name.clone(),
         }
+    }
+
+    fn inside(&self, pod: &Sandbox) -> impl Iterator<Item = &Container> {
+        self.containers
+            .iter()
+            .filter(|one| one.sandbox_id == pod.id)
     }
 
     fn containers_called(&self, name: &str) -> Vec<&Container> {
@@ -279,6 +288,17 @@ mod tests {
         assert_eq!(target("db"), "pod aa22");
         assert_eq!(target("aa2"), "pod aa22");
         assert!(things().find("aa").is_err());
+    }
+
+    #[test]
+    fn a_container_added_to_the_pod_of_another_does_not_take_it_along() {
+        let mut things = things();
+        things.containers.push(container("f666", "extra", "aa11"));
+        let found = |name| things.find(name).expect("found");
+        assert!(matches!(found("extra"), Target::Container(_)));
+        assert!(matches!(found("web/extra"), Target::Container(_)));
+        assert!(matches!(found("c111"), Target::Container(_)));
+        assert!(matches!(found("web"), Target::Pod(_)));
     }
 
     #[test]

@@ -22,8 +22,6 @@ mod progress;
 mod session;
 mod terminal;
 
-use std::io::{self, Write as _};
-
 use clap::{CommandFactory as _, Parser as _};
 
 use crate::{app::App, cmd::Cli, exit_code::ExitCode};
@@ -34,11 +32,7 @@ fn main() -> std::process::ExitCode {
     let code = match run(cli) {
         Ok(code) => code,
         Err(error) => {
-            if !error::closed_pipe(&error) {
-                let text = error::render(&error, terminal::colours(&io::stderr()));
-                // With standard error gone as well there is nobody left to tell.
-                let _ = io::stderr().write_all(text.as_bytes());
-            }
+            error::report(&error);
             error::exit_code(&error)
         }
     };

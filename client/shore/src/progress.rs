@@ -49,7 +49,7 @@ pub(crate) async fn pull(
                     bars.update(&progress);
                 }
                 for line in lines.iter_mut().flat_map(|lines| lines.update(&progress)) {
-                    eprintln!("{line}");
+                    terminal::note(&line);
                 }
             }
             Ok(PullUpdate::Done(image)) => {

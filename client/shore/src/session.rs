@@ -56,7 +56,7 @@ pub(crate) enum End {
     Exited(i32),
     /// The detach keys were pressed: the process runs on.
     Detached,
-    /// This signal came too often; the process may run on.
+    /// This signal wants us gone; the process may run on.
     Interrupted(i32),
     /// The agent closed the stream without an exit code.
     Closed,
@@ -116,7 +116,8 @@ impl Session<'_> {
         };
         let proxied = self.signals.filter(|_| !self.tty);
         let mut interrupt = listen(proxied.is_some(), SignalKind::interrupt())?;
-        let mut terminate = listen(proxied.is_some(), SignalKind::terminate())?;
+        // With a terminal it must be caught, so that the terminal is left as it was found.
+        let mut terminate = listen(proxied.is_some() || self.tty, SignalKind::terminate())?;
         let mut pressed = 0;
         loop {
             // Each arm takes whole messages from a channel or a stream: nothing is lost when
@@ -148,7 +149,7 @@ impl Session<'_> {
                 () = came(&mut resized) => resize(&inputs).await,
                 number = either(&mut interrupt, &mut terminate) => {
                     pressed += 1;
-                    if pressed >= PATIENCE {
+                    if self.tty || pressed >= PATIENCE {
                         return Ok(End::Interrupted(number));
                     }
                     if let Some(signals) = proxied {

@@ -2,7 +2,7 @@
 
 use std::{
     env,
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write as _},
     os::fd::{AsFd, BorrowedFd},
 };
 
@@ -23,6 +23,11 @@ pub(crate) fn colours(stream: &impl IsTerminal) -> bool {
     let no_color = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let dumb = env::var_os("TERM").is_some_and(|term| term == "dumb");
     stream.is_terminal() && !no_color && !dumb
+}
+
+/// Tells something beside the result; with standard error gone there is nobody left to tell.
+pub(crate) fn note(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
 /// Columns and rows of the terminal, if there is one that knows.

@@ -68,6 +68,15 @@ pub(crate) async fn connect(
     })
 }
 
+/// One row more than there is: the true size, which a session sends first, then makes a program that
+/// has drawn its screen draw it anew.
+pub(crate) fn taller(size: TerminalSize) -> TerminalSize {
+    TerminalSize {
+        rows: size.rows + 1,
+        ..size
+    }
+}
+
 fn request(input: Input) -> attach_request::Frame {
     match input {
         Input::Stdin(bytes) => attach_request::Frame::Stdin(bytes.into()),
@@ -113,14 +122,9 @@ impl Attach {
         let things = Things::read(&client).await?;
         let container = things.find_container(&self.container)?;
         let stdin = container.stdin && !self.no_stdin;
-        // One row more than there is: the true size, which the session sends first, then makes the
-        // program draw its screen anew.
         let size = terminal::size()
             .filter(|_| container.tty)
-            .map(|(columns, rows)| TerminalSize {
-                columns,
-                rows: rows + 1,
-            });
+            .map(|(columns, rows)| taller(TerminalSize { columns, rows }));
         let connection = connect(&client, &container.id, stdin, size).await?;
         let session = Session {
             stdin,
@@ -134,7 +138,7 @@ impl Attach {
                 run::wait(&client, &container.id).await?,
             )),
             End::Detached => {
-                eprintln!("{} runs on", human::short_id(&container.id));
+                terminal::note(&format!("{} runs on", human::short_id(&container.id)));
                 Ok(ExitCode::OK)
             }
             End::Interrupted(signal) => Ok(ExitCode::of_process(128 + signal)),

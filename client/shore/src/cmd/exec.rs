@@ -105,7 +105,8 @@ impl Exec {
         };
         match session.run(inputs, outputs).await? {
             End::Exited(code) => Ok(ExitCode::of_process(code)),
-            End::Closed | End::Detached | End::Interrupted(_) => Err(Error::Incomplete {
+            End::Interrupted(signal) => Ok(ExitCode::of_process(128 + signal)),
+            End::Closed | End::Detached => Err(Error::Incomplete {
                 address: client.address().clone(),
                 expected: "the command had ended",
             }
@@ -131,7 +132,9 @@ fn chunk(message: Option<exec_response::Frame>, timeout: Option<Duration>) -> Ch
         Some(exec_response::Frame::Exit(exit)) => {
             if exit.timed_out {
                 let after = human::span(timeout.unwrap_or_default());
-                eprintln!("shore: the command was killed: its {after} were over");
+                terminal::note(&format!(
+                    "shore: the command was killed: its {after} were over"
+                ));
             }
             Chunk::Exited(i32::try_from(exit.code).unwrap_or(255))
         }

@@ -90,7 +90,7 @@ async fn inspect(client: &Client, things: &Things, kind: Kind, name: &str) -> Re
     match kind {
         Kind::Container => {
             let request = GetContainerRequest {
-                container_id: things.find_container(name)?.id.clone(),
+                container_id: things.find_named_container(name)?.id.clone(),
                 verbose: true,
             };
             let answer = client

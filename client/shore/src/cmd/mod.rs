@@ -16,7 +16,7 @@ mod run;
 mod stats;
 mod target;
 
-use std::{future::Future, io};
+use std::future::Future;
 
 use anyhow::Result;
 use clap::{
@@ -29,7 +29,6 @@ use crate::{
     app::{App, Global},
     error,
     exit_code::ExitCode,
-    terminal,
 };
 
 const STYLES: Styles = Styles::styled()
@@ -163,10 +162,7 @@ where
         match result {
             Ok(line) => app.output.line(&line)?,
             Err(error) => {
-                eprint!(
-                    "{}",
-                    error::render(&error, terminal::colours(&io::stderr()))
-                );
+                error::report(&error);
                 if code == ExitCode::OK {
                     code = error::exit_code(&error);
                 }
@@ -174,4 +170,40 @@ where
         }
     }
     Ok(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_fits_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_of_every_command_stand_anywhere_before_a_containers_own() {
+        for words in [
+            "shore -o json ps -a",
+            "shore ps -a -o json",
+            "shore network ls -o yaml",
+            "shore -H /run/a.sock,b=tcp://b:1 pods",
+            "shore logs -fn 10 web -t --since 10m",
+            "shore stop -t 5 web db",
+            "shore kill -s HUP web",
+            "shore events --all -k container-exited",
+        ] {
+            Cli::try_parse_from(words.split(' ')).expect(words);
+        }
+        for words in [
+            "shore",
+            "shore ps -o xml",
+            "shore rm",
+            "shore -H nowhere ps",
+        ] {
+            assert!(Cli::try_parse_from(words.split(' ')).is_err(), "{words}");
+        }
+    }
 }

@@ -431,7 +431,8 @@ impl Options {
                 .collect(),
             tty: self.tty,
             stdin: self.interactive,
-            stdin_once: self.interactive && stdin_once,
+            // A terminal's input does not end, and whoever detaches from one comes back.
+            stdin_once: self.interactive && !self.tty && stdin_once,
             stop_signal: self.stop_signal.clone().unwrap_or_default(),
             stop_timeout: self.stop_timeout.map(human::wire_duration),
             labels: super::container::labels(&self.labels),
@@ -620,7 +621,9 @@ impl Run {
                 wait(client, &made.container.id).await?,
             )),
             End::Detached => {
-                eprintln!("{short} runs on: `shore attach {short}` comes back to it");
+                terminal::note(&format!(
+                    "{short} runs on: `shore attach {short}` comes back to it"
+                ));
                 Ok(ExitCode::OK)
             }
             End::Interrupted(signal) => Ok(ExitCode::of_process(128 + signal)),
@@ -642,7 +645,8 @@ impl Run {
                 if !stdin && !self.options.tty {
                     return super::logs::until_exit(client, &container.id).await;
                 }
-                match attach::connect(client, &container.id, stdin, size).await {
+                match attach::connect(client, &container.id, stdin, size.map(attach::taller)).await
+                {
                     Ok(connection) => connection,
                     Err(error) if error.reason() == Some(Reason::ContainerState) => {
                         return super::logs::until_exit(client, &container.id).await;
@@ -660,7 +664,7 @@ impl Run {
         let forward = async {
             while let Some(number) = received.recv().await {
                 if let Err(error) = signal(client, id, number).await {
-                    eprintln!("shore: passing on signal {number}: {error}");
+                    terminal::note(&format!("shore: passing on signal {number}: {error}"));
                 }
             }
         };
@@ -808,7 +812,7 @@ mod tests {
         let container = run.options.container(true).expect("valid");
         assert_eq!(container.command, ["/bin/sh"]);
         assert_eq!(container.args, ["-c", "true"]);
-        assert!(container.tty && container.stdin && container.stdin_once);
+        assert!(container.tty && container.stdin && !container.stdin_once);
         assert_eq!(container.env["TERM"], "xterm");
         assert_eq!(
             (container.user.as_str(), container.working_dir.as_str()),
