@@ -104,8 +104,9 @@ impl Progress {
                 return false;
             };
             let complete = bytes == layer.total_bytes;
-            if !complete && bytes < layer.fetched_bytes + STEP_BYTES && bytes >= layer.fetched_bytes
-            {
+            let first = layer.state == LayerState::Waiting || layer.fetched_bytes == 0;
+            let backwards = bytes < layer.fetched_bytes;
+            if !complete && !first && !backwards && bytes < layer.fetched_bytes + STEP_BYTES {
                 return false;
             }
             layer.fetched_bytes = bytes;

@@ -1,1 +1,0 @@
-//! Pulls against real and hostile registries.
