@@ -306,7 +306,7 @@ fn parse_manifest(
     let mut layers = Vec::new();
     for layer in manifest.layers() {
         let blob = descriptor(layer, malformed)?;
-        let compression = compression(&layer.media_type().to_string(), &blob.digest)?;
+        let compression = compression(layer.media_type().as_ref(), &blob.digest)?;
         layers.push(LayerDescriptor { blob, compression });
     }
     Ok(Manifest { config, layers })

@@ -13,7 +13,6 @@
 //! with its last waiter; only the commit, once begun, is carried through.
 
 use std::collections::BTreeSet;
-use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 
@@ -480,33 +479,28 @@ impl Drop for CancelOnDrop {
 
 impl LayerFetch<'_> {
     /// Brings one layer here; `None` if the store has it.
-    fn obtain<'s>(
-        &'s self,
+    async fn obtain(
+        &self,
         n: usize,
-        layer: &'s LayerDescriptor,
-        diff_id: &'s Digest,
-    ) -> impl Future<Output = Result<Option<Arc<ReadyLayer>>, ImageError>> + Send + 's {
-        async move {
-            let _permit = self
-                .permits
-                .acquire()
-                .await
-                .map_err(|_| ImageError::Cancelled)?;
-            let slot = self.inner.unpacking.slot(diff_id);
-            let mut held = slot.lock().await;
-            if let Some(ready) = held.upgrade().filter(|ready| ready.is_usable()) {
-                self.progress.layer_state(n, LayerState::Present);
-                return Ok(Some(ready));
-            }
-            if self.is_stored(diff_id).await {
-                self.progress.layer_state(n, LayerState::Present);
-                return Ok(None);
-            }
-            let ready = Arc::new(self.fetch(n, layer, diff_id).await?);
-            *held = Arc::downgrade(&ready);
-            self.progress.layer_state(n, LayerState::Done);
-            Ok(Some(ready))
+        layer: &LayerDescriptor,
+        diff_id: &Digest,
+    ) -> Result<Option<Arc<ReadyLayer>>, ImageError> {
+        let permit = self.permits.acquire().await;
+        let _permit = permit.map_err(|_| ImageError::Cancelled)?;
+        let slot = self.inner.unpacking.slot(diff_id);
+        let mut held = slot.lock().await;
+        if let Some(ready) = held.upgrade().filter(|ready| ready.is_usable()) {
+            self.progress.layer_state(n, LayerState::Present);
+            return Ok(Some(ready));
         }
+        if self.is_stored(diff_id).await {
+            self.progress.layer_state(n, LayerState::Present);
+            return Ok(None);
+        }
+        let ready = Arc::new(self.fetch(n, layer, diff_id).await?);
+        *held = Arc::downgrade(&ready);
+        self.progress.layer_state(n, LayerState::Done);
+        Ok(Some(ready))
     }
 
     async fn is_stored(&self, diff_id: &Digest) -> bool {
@@ -574,11 +568,15 @@ impl LayerFetch<'_> {
         let (chunks, incoming) = mpsc::channel(CHUNKS);
         let cancelled = Arc::new(AtomicBool::new(false));
         let _cancel = CancelOnDrop(Arc::clone(&cancelled));
+        let (begun, mut has_begun) = watch::channel(offset > 0 || size_bytes == 0);
         let fetch = async {
             // Its end tells the unpacker that nothing more comes.
-            let chunks = chunks;
+            let (chunks, begun) = (chunks, begun);
             let what = format!("layer {}", layer.blob.digest);
-            let on_progress = |at| self.progress.fetched(n, at);
+            let on_progress = |at| {
+                begun.send_if_modified(|begun| !std::mem::replace(begun, true));
+                self.progress.fetched(n, at);
+            };
             self.source
                 .stream_blob(&what, &layer.blob, offset, &chunks, &on_progress)
                 .await
@@ -586,14 +584,21 @@ impl LayerFetch<'_> {
         let unpack = {
             let (rootfs, limits) = (self.inner.rootfs.clone(), self.inner.config.limits());
             let (layer, diff_id, alive) = (layer.clone(), diff_id.clone(), self.alive.clone());
-            blocking::run_bulk("unpack layer", move || {
+            let work = move || {
                 let _alive = alive;
                 let partial = partial
                     .map(|partial| partial.reader().map(|file| (partial, file)))
                     .transpose()?;
                 let stream = LayerStream::new(partial, incoming, size_bytes);
                 unpacking::unpack_layer(rootfs, stream, &layer, &diff_id, &limits, &cancelled)
-            })
+            };
+            async move {
+                // A registry that does not answer must not hold a place in the lane.
+                if has_begun.wait_for(|begun| *begun).await.is_err() {
+                    return Err(ImageError::Cancelled);
+                }
+                blocking::run_bulk("unpack layer", work).await
+            }
         };
         match tokio::join!(fetch, unpack) {
             // The unpacker stopped listening, and knows why.
