@@ -177,6 +177,9 @@ pub enum LimitKind {
     /// [`super::Limits::directory_name_bytes`].
     #[error("bytes of directory names and attributes")]
     DirectoryNames,
+    /// [`super::Limits::link_steps`].
+    #[error("steps through symbolic links")]
+    LinkSteps,
     /// [`super::Limits::trailing_bytes`].
     #[error("bytes after the end of the archive")]
     TrailingBytes,

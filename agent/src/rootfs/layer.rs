@@ -18,7 +18,7 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::atomic::AtomicBool,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use rustix::{
@@ -78,6 +78,8 @@ pub struct Limits {
     pub header_bytes: u64,
     /// Memory for names and attributes of directories, which are kept to the end.
     pub directory_name_bytes: u64,
+    /// Components of link targets that are followed to directories; each costs a few calls.
+    pub link_steps: u64,
     /// What may follow the end of the archive.
     pub trailing_bytes: u64,
 }
@@ -90,6 +92,7 @@ impl Default for Limits {
             entries: 4_000_000,
             header_bytes: 1 << 20,
             directory_name_bytes: 256 << 20,
+            link_steps: 8 << 20,
             trailing_bytes: 1 << 30,
         }
     }
@@ -157,7 +160,7 @@ pub fn unpack(
         unpacker.entry(entry, &mut reader)?;
     }
     let diff_id = reader.finish()?;
-    unpacker.finish(into, diff_id)
+    unpacker.finish(into, diff_id, cancelled)
 }
 
 /// Prefix of whiteouts, and the whole name of the opaque one.
@@ -228,7 +231,7 @@ impl<'a> Unpacker<'a> {
             source: Errno::from_io_error(&error).unwrap_or(Errno::IO),
         })?;
         Ok(Self {
-            tree: Tree::new(root),
+            tree: Tree::new(root, limits.link_steps),
             limits,
             directories: vec![(Vec::new(), Attributes::implied())],
             directory_bytes: 0,
@@ -345,7 +348,7 @@ impl<'a> Unpacker<'a> {
         self.tree.count_inode();
         match map {
             None => {
-                self.size_bytes += size.next_multiple_of(DISK_BLOCK);
+                self.size_bytes += on_disk(size);
                 copy(reader, |chunk| file.write_all(chunk), dir, name, u64::MAX)?;
             }
             Some(map) => self.sparse(&file, &map, dir, name, reader)?,
@@ -363,7 +366,7 @@ impl<'a> Unpacker<'a> {
         reader: &mut Reader<'_, R>,
     ) -> Result<(), LayerError> {
         for segment in &map.segments {
-            self.size_bytes += segment.length.next_multiple_of(DISK_BLOCK);
+            self.size_bytes += on_disk(segment.length);
             let mut offset = segment.offset;
             let write = |chunk: &[u8]| {
                 file.write_all_at(chunk, offset)?;
@@ -553,8 +556,16 @@ impl<'a> Unpacker<'a> {
         }
     }
 
-    fn finish(mut self, into: &LayerDir, diff_id: Digest) -> Result<Unpacked, LayerError> {
+    fn finish(
+        mut self,
+        into: &LayerDir,
+        diff_id: Digest,
+        cancelled: &AtomicBool,
+    ) -> Result<Unpacked, LayerError> {
         for (path, attributes) in std::mem::take(&mut self.directories) {
+            if cancelled.load(Ordering::Relaxed) {
+                return Err(LayerError::Cancelled);
+            }
             if let Some(fd) = self.tree.reopen(&path)? {
                 self.set_attributes(fd.as_fd(), &attributes)
                     .map_err(|(call, error)| failed(call, &path)(error))?;
@@ -629,6 +640,11 @@ fn find_whiteout(path: &[u8]) -> Result<Option<Whiteout<'_>>, LayerError> {
         Some(hidden) if hidden.starts_with(WHITEOUT) => Err(refused()),
         Some(hidden) => Ok(Some(Whiteout::Of(hidden))),
     }
+}
+
+/// Whole blocks.
+fn on_disk(bytes: u64) -> u64 {
+    bytes.div_ceil(DISK_BLOCK).saturating_mul(DISK_BLOCK)
 }
 
 fn is_settable(name: &[u8]) -> bool {

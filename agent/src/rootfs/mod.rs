@@ -202,24 +202,32 @@ impl Rootfs {
         &self,
         unpacked: Vec<(LayerDir, Unpacked)>,
     ) -> Result<Vec<Layer>, RootfsError> {
-        let finish = || {
-            // Content before names: a number must never show half of a layer after power loss.
-            syncfs(&self.inner.layers.fd)
-                .map_err(RootfsError::kernel("syncfs", &self.inner.layers.path))?;
-            let layers = unpacked
-                .iter()
-                .map(|(dir, unpacked)| self.give_number(dir, unpacked))
-                .collect::<Result<Vec<_>, _>>()?;
-            self.inner.layers.sync()?;
-            Ok(layers)
-        };
-        let result = finish();
-        if result.is_err() {
+        let mut layers = Vec::new();
+        let result = self.number_all(&unpacked, &mut layers);
+        if let Err(error) = result {
             for (dir, _) in &unpacked {
                 self.discard(&dir.path);
             }
+            for layer in layers {
+                self.discard(&self.inner.layers.path.join(layer.dir.to_string()));
+            }
+            return Err(error);
         }
-        result
+        Ok(layers)
+    }
+
+    fn number_all(
+        &self,
+        unpacked: &[(LayerDir, Unpacked)],
+        layers: &mut Vec<Layer>,
+    ) -> Result<(), RootfsError> {
+        // Content before names: a number must never show half of a layer after power loss.
+        syncfs(&self.inner.layers.fd)
+            .map_err(RootfsError::kernel("syncfs", &self.inner.layers.path))?;
+        for (dir, unpacked) in unpacked {
+            layers.push(self.give_number(dir, unpacked)?);
+        }
+        self.inner.layers.sync()
     }
 
     fn give_number(&self, dir: &LayerDir, unpacked: &Unpacked) -> Result<Layer, RootfsError> {

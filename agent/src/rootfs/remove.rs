@@ -9,8 +9,8 @@ use std::{ffi::CStr, mem::MaybeUninit};
 use rustix::{
     fd::{BorrowedFd, OwnedFd},
     fs::{
-        AtFlags, FileType, IFlags, Mode, OFlags, RawDir, ioctl_getflags, ioctl_setflags, openat,
-        renameat, statat, unlinkat,
+        AtFlags, FileType, IFlags, Mode, OFlags, RawDir, ResolveFlags, ioctl_getflags,
+        ioctl_setflags, openat, openat2, renameat, statat, unlinkat,
     },
     io::Errno,
     path::Arg,
@@ -25,7 +25,8 @@ const ENTRIES: usize = 16 << 10;
 /// Removes `name` in `parent` and everything below it; absent is fine.
 ///
 /// # Errors
-/// The first one of the kernel; what could be removed before it is gone.
+/// The first one of the kernel, `BUSY` for a mount point; what could be removed before it is
+/// gone. Nothing in a mounted file system is touched.
 pub(super) fn remove_tree(parent: BorrowedFd<'_>, name: impl Arg + Copy) -> Result<(), Errno> {
     match unlinkat(parent, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
@@ -124,9 +125,14 @@ fn own_fd(fd: &OwnedFd) -> BorrowedFd<'_> {
     rustix::fd::AsFd::as_fd(fd)
 }
 
+/// Never opens what is mounted on `name`: its content is somebody else's.
 fn open_dir(parent: BorrowedFd<'_>, name: impl Arg) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    openat(parent, name, flags, Mode::empty())
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    openat2(parent, name, flags, Mode::empty(), resolve).map_err(|error| match error {
+        Errno::XDEV => Errno::BUSY,
+        other => other,
+    })
 }
 
 fn is_directory(parent: BorrowedFd<'_>, name: impl Arg) -> Result<bool, Errno> {

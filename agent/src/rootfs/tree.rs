@@ -18,7 +18,7 @@ use rustix::{
 };
 
 use super::{
-    error::{LayerError, PathFault},
+    error::{LayerError, LimitKind, PathFault},
     remove::remove_tree,
 };
 
@@ -69,6 +69,9 @@ pub(super) struct Tree {
     cache: VecDeque<(Box<[u8]>, Rc<Dir>)>,
     /// Directories that the archive did not mention when they were needed.
     implied: Vec<Vec<u8>>,
+    /// How many components of link targets may be followed, in all and from now on.
+    link_steps: u64,
+    link_steps_left: u64,
     /// Inodes made.
     inodes: u64,
     /// Something that had been unpacked was removed again.
@@ -76,12 +79,14 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    pub(super) fn new(root: OwnedFd) -> Self {
+    pub(super) fn new(root: OwnedFd, link_steps: u64) -> Self {
         let path = Box::default();
         Self {
             root: Rc::new(Dir { fd: root, path }),
             cache: VecDeque::new(),
             implied: Vec::new(),
+            link_steps,
+            link_steps_left: link_steps,
             inodes: 1,
             replaced: false,
         }
@@ -182,7 +187,9 @@ impl Tree {
                     if target.starts_with(b"/") {
                         way.clear();
                     }
-                    pending.extend(components_reversed(&target));
+                    let steps = components_reversed(&target);
+                    self.count_link_steps(steps.len() as u64)?;
+                    pending.extend(steps);
                 }
                 _ if is_whiteout(&stat) => {
                     unlinkat(here, &*name, AtFlags::empty()).map_err(failed("unlinkat", path))?;
@@ -205,6 +212,16 @@ impl Tree {
                 path,
             },
         })
+    }
+
+    /// Without a bound, each small entry of an archive could ask for a very long walk.
+    fn count_link_steps(&mut self, steps: u64) -> Result<(), LayerError> {
+        let left = self.link_steps_left.checked_sub(steps);
+        self.link_steps_left = left.ok_or(LayerError::TooLarge {
+            what: LimitKind::LinkSteps,
+            limit: self.link_steps,
+        })?;
+        Ok(())
     }
 
     /// Path of `name` after `way`, if it is one that the kernel takes in one call.

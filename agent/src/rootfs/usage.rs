@@ -4,11 +4,18 @@
 //! directory is open at a time; the way back up is `..`, accepted only if it leads to the
 //! directory that we came from, so a directory moved elsewhere never leads the walk out.
 
-use std::{collections::HashSet, mem::MaybeUninit};
+use std::{
+    collections::HashSet,
+    ffi::{CStr, CString},
+    mem::MaybeUninit,
+};
 
 use rustix::{
     fd::{AsFd, OwnedFd},
-    fs::{AtFlags, Mode, OFlags, RawDir, SeekFrom, Stat, fstat, openat, seek, statat},
+    fs::{
+        AtFlags, Mode, OFlags, RawDir, ResolveFlags, SeekFrom, Stat, fstat, openat, openat2, seek,
+        statat,
+    },
     io::Errno,
 };
 
@@ -72,10 +79,7 @@ impl Sum {
 }
 
 enum Step {
-    Down {
-        name: std::ffi::CString,
-        cookie: u64,
-    },
+    Down { name: CString, cookie: u64 },
     Up,
 }
 
@@ -90,7 +94,7 @@ fn walk(root: impl AsFd + Copy) -> Result<Option<Usage>, Errno> {
     sum.add(&stat);
     loop {
         match next_directory(&here, device, &mut sum)? {
-            Step::Down { name, cookie } => match openat(&here, &*name, flags, Mode::empty()) {
+            Step::Down { name, cookie } => match open_child(&here, &name) {
                 Ok(child) => {
                     above.push(Level {
                         device: stat.st_dev,
@@ -100,8 +104,8 @@ fn walk(root: impl AsFd + Copy) -> Result<Option<Usage>, Errno> {
                     stat = fstat(&child)?;
                     here = child;
                 }
-                // Gone, or replaced.
-                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {
+                // Gone, replaced, or a mount point, whose content is not of this tree.
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {
                     seek(&here, SeekFrom::Start(cookie))?;
                 }
                 Err(error) => return Err(error),
@@ -124,6 +128,12 @@ fn walk(root: impl AsFd + Copy) -> Result<Option<Usage>, Errno> {
             }
         }
     }
+}
+
+fn open_child(dir: &OwnedFd, name: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    openat2(dir, name, flags, Mode::empty(), resolve)
 }
 
 /// Adds the entries of `dir`, from where it stands, up to and with the next directory.

@@ -75,7 +75,7 @@ fn record(records: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
 impl Pax {
     fn set(&mut self, key: &[u8], value: &[u8]) -> Option<()> {
         if let Some(name) = key.strip_prefix(XATTR) {
-            self.xattrs.retain(|(old, _)| old != name);
+            // Of two records for a name the later one is set later.
             self.xattrs.push((name.to_vec(), value.to_vec()));
             return Some(());
         }

@@ -1012,8 +1012,19 @@ fn limits_are_kept() {
         .end();
     let mut trailing = archive.clone();
     trailing.extend(vec![0; 1 << 20]);
+    let linked = new()
+        .link("l", "d/d/d/d")
+        .file("l/f", "")
+        .link("m", "l")
+        .file("m/f", "")
+        .end();
     type Set = fn(&mut Limits);
-    let sets: [(LimitKind, Set, &[u8]); 5] = [
+    let sets: [(LimitKind, Set, &[u8]); 6] = [
+        (
+            LimitKind::LinkSteps,
+            |limits| limits.link_steps = 8,
+            &linked,
+        ),
         (
             LimitKind::ContentBytes,
             |limits| limits.content_bytes = 15,

@@ -2,6 +2,7 @@
 
 use std::{fs, os::unix::fs::symlink, path::Path};
 
+use longshore_sys::mount::{self, PropagationFlags};
 use rustix::{
     fd::{AsFd, OwnedFd},
     fs::{AtFlags, IFlags, Mode, OFlags, ioctl_setflags, linkat, mkdirat, openat, unlinkat},
@@ -147,4 +148,45 @@ fn usage_agrees_with_a_plain_walk() {
     }
     let usage = usage::of_still_tree(&open(&top)).expect("readable");
     assert_eq!((usage.inodes, usage.bytes), expected);
+}
+
+/// On a thread of its own, in a mount namespace of its own.
+fn in_mount_namespace(work: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        let run = || {
+            let flags = nix::sched::CloneFlags::CLONE_NEWNS | nix::sched::CloneFlags::CLONE_FS;
+            nix::sched::unshare(flags).expect("we are root");
+            let private = PropagationFlags::PRIVATE | PropagationFlags::REC;
+            mount::set_propagation("/", private).expect("we are root");
+            work();
+        };
+        scope.spawn(run).join().expect("it reports by itself");
+    });
+}
+
+#[test]
+fn what_is_mounted_inside_is_not_of_the_tree() {
+    let host = Host::new();
+    let top = host.path().join("layers/top");
+    let outside = host.path().join("outside");
+    for dir in ["a/bind", "a/tmpfs", "b"] {
+        fs::create_dir_all(top.join(dir)).expect("new directory");
+    }
+    let before = host.outside();
+    in_mount_namespace(|| {
+        // Of the same file system, so the device number tells nothing.
+        mount::bind(&outside, &top.join("a/bind"), false).expect("we are root");
+        mount::tmpfs(&top.join("a/tmpfs"), 1 << 20, 0o755).expect("we are root");
+        fs::write(top.join("a/tmpfs/file"), "kept").expect("room");
+        let usage = usage::of_still_tree(&open(&top)).expect("readable");
+        assert!((3..=5).contains(&usage.inodes), "{usage:?}");
+        let layers = open(&host.path().join("layers"));
+        assert_eq!(remove_tree(layers.as_fd(), "top"), Err(Errno::BUSY));
+        assert_eq!(host.outside(), before);
+        assert!(top.join("a/tmpfs/file").exists());
+        mount::unmount_detach(&top.join("a/tmpfs")).expect("mounted");
+        mount::unmount_detach(&top.join("a/bind")).expect("mounted");
+        assert_eq!(remove_tree(layers.as_fd(), "top"), Ok(()));
+    });
+    assert_eq!(host.outside(), before);
 }
