@@ -137,8 +137,8 @@ impl Client {
     /// # async fn example(client: longshore_client::Client) -> Result<(), longshore_client::Error> {
     /// use longshore_client::proto::ListImagesRequest;
     /// let images = client
-    ///     .repeat(|client| async move {
-    ///         client.images().list_images(ListImagesRequest::default()).await
+    ///     .repeat(ListImagesRequest::default(), |client, request| async move {
+    ///         client.images().list_images(request).await
     ///     })
     ///     .await?;
     /// # Ok(()) }
@@ -146,14 +146,15 @@ impl Client {
     ///
     /// # Errors
     /// What the last attempt said.
-    pub async fn repeat<T, F, Fut>(&self, call: F) -> Result<T, Error>
+    pub async fn repeat<R, T, F, Fut>(&self, request: R, call: F) -> Result<T, Error>
     where
-        F: Fn(Self) -> Fut,
+        R: Clone,
+        F: Fn(Self, R) -> Fut,
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
         let mut attempt = 1;
         loop {
-            let error = match self.call(call(self.clone())).await {
+            let error = match self.call(call(self.clone(), request.clone())).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };

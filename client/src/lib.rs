@@ -18,7 +18,7 @@
 //! # async fn example() -> Result<(), longshore_client::Error> {
 //! let client = Client::connect(&Address::from_env()?).await?;
 //! let info = client
-//!     .repeat(|client| async move { client.node().info(InfoRequest::default()).await })
+//!     .repeat(InfoRequest {}, |client, request| async move { client.node().info(request).await })
 //!     .await?;
 //! # Ok(()) }
 //! ```

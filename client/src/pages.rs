@@ -27,10 +27,7 @@ macro_rules! lists {
                 let mut all = Vec::new();
                 loop {
                     let page = self
-                        .repeat(|client| {
-                            let request = request.clone();
-                            async move { client.$service().$call(request).await }
-                        })
+                        .repeat(request.clone(), |client, request| async move { client.$service().$call(request).await })
                         .await?;
                     all.extend(page.$items);
                     if page.next_page_token.is_empty() {

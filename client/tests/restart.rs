@@ -225,7 +225,9 @@ async fn a_safe_call_outlives_an_agent_that_starts_late_and_takes_large_answers(
     let client = Client::lazy(&place.address).with_retry(Retry::PATIENT);
     let asking = tokio::spawn(async move {
         client
-            .repeat(|client| async move { client.node().info(InfoRequest {}).await })
+            .repeat(InfoRequest {}, |client, request| async move {
+                client.node().info(request).await
+            })
             .await
     });
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -246,7 +248,9 @@ async fn an_agent_that_is_not_there_is_unreachable_with_the_systems_reason() {
 
     let client = Client::lazy(&place.address).with_retry(Retry::NEVER);
     let error = client
-        .repeat(|client| async move { client.node().info(InfoRequest {}).await })
+        .repeat(InfoRequest {}, |client, request| async move {
+            client.node().info(request).await
+        })
         .await
         .expect_err("no agent");
     assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
@@ -259,7 +263,9 @@ async fn a_refusal_is_not_taken_for_a_broken_connection() {
     let client = Client::connect(&place.address).await.expect("it is there");
     let client = client.with_retry(Retry::NEVER);
     let error = client
-        .repeat(|client| async move { client.node().check(CheckRequest {}).await })
+        .repeat(CheckRequest {}, |client, request| async move {
+            client.node().check(request).await
+        })
         .await
         .expect_err("it drains");
     assert!(error.is_unavailable());

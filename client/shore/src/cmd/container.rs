@@ -250,9 +250,8 @@ impl Start {
                 container_id: things.find_container(name)?.id.clone(),
             };
             client
-                .repeat(|client| {
-                    let request = request.clone();
-                    async move { client.lifecycle().start_container(request).await }
+                .repeat(request, |client, request| async move {
+                    client.lifecycle().start_container(request).await
                 })
                 .await
                 .with_context(|| format!("starting {name}"))?;
@@ -282,9 +281,8 @@ impl Kill {
                 signal: self.signal.to_string(),
             };
             client
-                .repeat(|client| {
-                    let request = request.clone();
-                    async move { client.lifecycle().signal_container(request).await }
+                .repeat(request, |client, request| async move {
+                    client.lifecycle().signal_container(request).await
                 })
                 .await
                 .with_context(|| format!("sending a signal to {name}"))?;
@@ -309,9 +307,8 @@ impl Wait {
                 container_id: things.find_container(name)?.id.clone(),
             };
             let ended = client
-                .repeat(|client| {
-                    let request = request.clone();
-                    async move { client.lifecycle().wait_container(request).await }
+                .repeat(request, |client, request| async move {
+                    client.lifecycle().wait_container(request).await
                 })
                 .await
                 .with_context(|| format!("waiting for {name}"))?;

@@ -263,9 +263,8 @@ impl Tag {
             tag: self.tag,
         };
         let tagged = client
-            .repeat(|client| {
-                let request = request.clone();
-                async move { client.images().tag_image(request).await }
+            .repeat(request, |client, request| async move {
+                client.images().tag_image(request).await
             })
             .await?;
         if let (true, Some(image)) = (app.output.for_programs(), &tagged.image) {
@@ -299,9 +298,8 @@ async fn remove(client: &Client, image: &str) -> Result<String> {
         image: image.to_owned(),
     };
     let removed = client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.images().remove_image(request).await }
+        .repeat(request, |client, request| async move {
+            client.images().remove_image(request).await
         })
         .await
         .with_context(|| format!("removing {image}"))?;
@@ -422,9 +420,8 @@ async fn prune(client: &Client, dry_run: bool) -> Result<proto::PruneImagesRespo
         dry_run,
     };
     Ok(client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.images().prune_images(request).await }
+        .repeat(request, |client, request| async move {
+            client.images().prune_images(request).await
         })
         .await?)
 }

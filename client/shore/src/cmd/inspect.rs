@@ -94,9 +94,8 @@ async fn inspect(client: &Client, things: &Things, kind: Kind, name: &str) -> Re
                 verbose: true,
             };
             let answer = client
-                .repeat(|client| {
-                    let request = request.clone();
-                    async move { client.lifecycle().get_container(request).await }
+                .repeat(request, |client, request| async move {
+                    client.lifecycle().get_container(request).await
                 })
                 .await?;
             opened(
@@ -110,9 +109,8 @@ async fn inspect(client: &Client, things: &Things, kind: Kind, name: &str) -> Re
                 verbose: true,
             };
             let answer = client
-                .repeat(|client| {
-                    let request = request.clone();
-                    async move { client.lifecycle().get_sandbox(request).await }
+                .repeat(request, |client, request| async move {
+                    client.lifecycle().get_sandbox(request).await
                 })
                 .await?;
             opened(json(&answer)?, &[("infoJson", "info")])
@@ -123,9 +121,8 @@ async fn inspect(client: &Client, things: &Things, kind: Kind, name: &str) -> Re
                 verbose: true,
             };
             let answer = client
-                .repeat(|client| {
-                    let request = request.clone();
-                    async move { client.images().get_image(request).await }
+                .repeat(request, |client, request| async move {
+                    client.images().get_image(request).await
                 })
                 .await?;
             opened(json(&answer)?, &[("configJson", "ociConfig")])
@@ -135,9 +132,8 @@ async fn inspect(client: &Client, things: &Things, kind: Kind, name: &str) -> Re
                 name: name.to_owned(),
             };
             let answer = client
-                .repeat(|client| {
-                    let request = request.clone();
-                    async move { client.networks().get_network(request).await }
+                .repeat(request, |client, request| async move {
+                    client.networks().get_network(request).await
                 })
                 .await?;
             json(&answer)

@@ -110,9 +110,8 @@ async fn inspect(app: &App, client: &Client, names: &[String]) -> Result<ExitCod
     for name in names {
         let request = GetNetworkRequest { name: name.clone() };
         let answer = client
-            .repeat(|client| {
-                let request = request.clone();
-                async move { client.networks().get_network(request).await }
+            .repeat(request, |client, request| async move {
+                client.networks().get_network(request).await
             })
             .await?;
         found.push(json(&answer)?);

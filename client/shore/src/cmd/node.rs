@@ -27,7 +27,9 @@ impl Info {
         let rows = app
             .ask(|client| async move {
                 client
-                    .repeat(|client| async move { client.node().info(InfoRequest {}).await })
+                    .repeat(InfoRequest {}, |client, request| async move {
+                        client.node().info(request).await
+                    })
                     .await
             })
             .await?;
@@ -150,7 +152,9 @@ impl Df {
             containers: self.verbose,
         };
         let usage = client
-            .repeat(|client| async move { client.node().usage(request).await })
+            .repeat(request, |client, request| async move {
+                client.node().usage(request).await
+            })
             .await?;
         if app.output.for_programs() {
             app.output.data(&json(&usage)?)?;
@@ -204,7 +208,9 @@ impl Check {
     pub(crate) async fn run(self, app: &App) -> Result<ExitCode> {
         let client = app.client().await?;
         let answer = client
-            .repeat(|client| async move { client.node().check(CheckRequest {}).await })
+            .repeat(CheckRequest {}, |client, request| async move {
+                client.node().check(request).await
+            })
             .await?;
         let bad = answer
             .findings

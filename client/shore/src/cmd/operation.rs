@@ -128,9 +128,8 @@ async fn wait(app: &App, ids: Vec<String>) -> Result<ExitCode> {
             operation_id: id.to_owned(),
         };
         let answer = client
-            .repeat(|client| {
-                let request = request.clone();
-                async move { client.operations().wait_operation(request).await }
+            .repeat(request, |client, request| async move {
+                client.operations().wait_operation(request).await
             })
             .await
             .with_context(|| format!("waiting for {id}"))?;
@@ -155,9 +154,8 @@ async fn cancel(app: &App, ids: Vec<String>) -> Result<ExitCode> {
             operation_id: id.to_owned(),
         };
         client
-            .repeat(|client| {
-                let request = request.clone();
-                async move { client.operations().cancel_operation(request).await }
+            .repeat(request, |client, request| async move {
+                client.operations().cancel_operation(request).await
             })
             .await
             .with_context(|| format!("cancelling {id}"))?;

@@ -288,9 +288,8 @@ impl Options {
                     config: Some(self.sandbox()),
                 };
                 let answer = client
-                    .repeat(|client| {
-                        let request = request.clone();
-                        async move { client.lifecycle().run_sandbox(request).await }
+                    .repeat(request, |client, request| async move {
+                        client.lifecycle().run_sandbox(request).await
                     })
                     .await
                     .context("making the pod")?;
@@ -304,9 +303,8 @@ impl Options {
             config: Some(config),
         };
         let created = client
-            .repeat(|client| {
-                let request = request.clone();
-                async move { client.lifecycle().create_container(request).await }
+            .repeat(request, |client, request| async move {
+                client.lifecycle().create_container(request).await
             })
             .await
             .context("making the container");
@@ -339,9 +337,8 @@ impl Options {
                 verbose: false,
             };
             let there = client
-                .repeat(|client| {
-                    let request = request.clone();
-                    async move { client.images().get_image(request).await }
+                .repeat(request, |client, request| async move {
+                    client.images().get_image(request).await
                 })
                 .await;
             match there {
@@ -693,9 +690,8 @@ async fn start(client: &Client, id: &str) -> Result<()> {
         container_id: id.to_owned(),
     };
     client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.lifecycle().start_container(request).await }
+        .repeat(request, |client, request| async move {
+            client.lifecycle().start_container(request).await
         })
         .await
         .context("starting the container")?;
@@ -709,9 +705,8 @@ async fn signal(client: &Client, id: &str, number: i32) -> Result<(), Error> {
         signal: number.to_string(),
     };
     client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.lifecycle().signal_container(request).await }
+        .repeat(request, |client, request| async move {
+            client.lifecycle().signal_container(request).await
         })
         .await
         .map(|_| ())
@@ -723,9 +718,8 @@ pub(crate) async fn wait(client: &Client, id: &str) -> Result<i32> {
         container_id: id.to_owned(),
     };
     let ended = client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.lifecycle().wait_container(request).await }
+        .repeat(request, |client, request| async move {
+            client.lifecycle().wait_container(request).await
         })
         .await?;
     Ok(i32::try_from(ended.exit.unwrap_or_default().code).unwrap_or(255))
@@ -742,9 +736,8 @@ async fn remove(client: &Client, made: &Made) -> Result<()> {
         force: true,
     };
     client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.lifecycle().remove_container(request).await }
+        .repeat(request, |client, request| async move {
+            client.lifecycle().remove_container(request).await
         })
         .await
         .context("removing the container")?;
@@ -758,9 +751,8 @@ async fn remove_pod(client: &Client, pod: &str) -> Result<()> {
         force: true,
     };
     client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.lifecycle().remove_sandbox(request).await }
+        .repeat(request, |client, request| async move {
+            client.lifecycle().remove_sandbox(request).await
         })
         .await
         .context("removing the pod")?;

@@ -63,9 +63,8 @@ async fn stop_pod(
         timeout,
     };
     client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.lifecycle().stop_sandbox(request).await }
+        .repeat(request, |client, request| async move {
+            client.lifecycle().stop_sandbox(request).await
         })
         .await?;
     Ok(())
@@ -82,9 +81,8 @@ async fn stop_container(
         timeout,
     };
     client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.lifecycle().stop_container(request).await }
+        .repeat(request, |client, request| async move {
+            client.lifecycle().stop_container(request).await
         })
         .await?;
     Ok(())
@@ -148,9 +146,8 @@ async fn remove_pod(client: &Client, pod: Sandbox, force: bool) -> Result<()> {
         force,
     };
     client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.lifecycle().remove_sandbox(request).await }
+        .repeat(request, |client, request| async move {
+            client.lifecycle().remove_sandbox(request).await
         })
         .await?;
     Ok(())
@@ -163,9 +160,8 @@ async fn remove_container(client: &Client, container: Container, force: bool) ->
         force,
     };
     client
-        .repeat(|client| {
-            let request = request.clone();
-            async move { client.lifecycle().remove_container(request).await }
+        .repeat(request, |client, request| async move {
+            client.lifecycle().remove_container(request).await
         })
         .await?;
     Ok(())
