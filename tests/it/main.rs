@@ -1,1 +1,14 @@
-//! End-to-end tests.
+//! End-to-end tests: a real agent on a machine of its own, a real registry, a real kernel.
+//!
+//! Each test ends with the comparison of everything the agent could have left behind.
+#![forbid(unsafe_code)]
+
+mod bad_input;
+mod crash;
+mod images;
+mod lifecycle;
+mod native;
+mod network;
+mod tidy;
+mod tree;
+mod two_agents;

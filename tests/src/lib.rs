@@ -11,6 +11,8 @@
 
 use std::{
     env,
+    fs::File,
+    io::Write as _,
     path::{Path, PathBuf},
     process::Command,
     sync::Once,
@@ -44,6 +46,17 @@ pub fn bin_dir() -> Result<PathBuf> {
         dir = dir.parent().context("deps is in a folder")?;
     }
     Ok(dir.to_owned())
+}
+
+/// Says why a test does not run here, on standard error and in the file `LONGSHORE_SKIPS`.
+pub fn skip(test: &str, why: &str) {
+    eprintln!("skipped {test}: {why}");
+    if let Some(path) = env::var_os("LONGSHORE_SKIPS")
+        && let Ok(mut file) = File::options().create(true).append(true).open(path)
+    {
+        // Said on standard error already.
+        let _full = writeln!(file, "{test}: {why}");
+    }
 }
 
 /// A built program of the workspace.

@@ -5,8 +5,8 @@
 //! agent may be killed and started again in the same "host".
 
 use std::{
-    fs,
     net::{SocketAddr, TcpListener},
+    path::PathBuf,
     process::{Child, Command},
     sync::{Arc, mpsc},
     thread::{self, JoinHandle},
@@ -23,7 +23,7 @@ type Job = Box<dyn FnOnce() + Send>;
 struct Inner {
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
-    net: Option<String>,
+    tid: i32,
 }
 
 impl Drop for Inner {
@@ -79,10 +79,8 @@ impl Machine {
             .spawn(move || {
                 let entered = enter();
                 let failed = entered.is_err();
-                let net = fs::read_link("/proc/thread-self/ns/net")
-                    .ok()
-                    .map(|link| link.to_string_lossy().into_owned());
-                let _gone = tell.send(entered.map(|()| net));
+                let tid = rustix::thread::gettid().as_raw_nonzero().get();
+                let _gone = tell.send(entered.map(|()| tid));
                 if failed {
                     return;
                 }
@@ -90,12 +88,12 @@ impl Machine {
                     job();
                 }
             })?;
-        let net = ready.recv().context("the machine's thread ended")??;
+        let tid = ready.recv().context("the machine's thread ended")??;
         Ok(Self {
             inner: Arc::new(Inner {
                 jobs: Some(jobs),
                 thread: Some(thread),
-                net,
+                tid,
             }),
         })
     }
@@ -142,9 +140,42 @@ impl Machine {
         Ok(self.run(move || TcpListener::bind(address))?)
     }
 
-    /// `net:[...]`, the identity of its network namespace.
-    pub fn net_id(&self) -> Option<&str> {
-        self.inner.net.as_deref()
+    /// Path of its network namespace, as long as the machine lives.
+    pub fn netns(&self) -> PathBuf {
+        format!(
+            "/proc/{}/task/{}/ns/net",
+            std::process::id(),
+            self.inner.tid
+        )
+        .into()
+    }
+
+    /// Lays a cable to another machine: `link` here with `address`, `other_link` there.
+    pub fn connect(
+        &self,
+        link: &str,
+        address: &str,
+        other: &Self,
+        other_link: &str,
+        other_address: &str,
+    ) -> Result<()> {
+        self.output(
+            "ip",
+            &[
+                "link", "add", link, "type", "veth", "peer", "name", other_link,
+            ],
+        )?;
+        let place = other.netns();
+        self.output(
+            "ip",
+            &["link", "set", other_link, "netns", &place.to_string_lossy()],
+        )?;
+        for (machine, link, address) in [(self, link, address), (other, other_link, other_address)]
+        {
+            machine.output("ip", &["addr", "add", address, "dev", link, "nodad"])?;
+            machine.output("ip", &["link", "set", link, "up"])?;
+        }
+        Ok(())
     }
 }
 

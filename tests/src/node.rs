@@ -75,6 +75,7 @@ pub struct Node {
     channel: Option<Channel>,
     instance: String,
     baseline: Option<Snapshot>,
+    finished: bool,
 }
 
 impl Node {
@@ -116,6 +117,7 @@ impl Node {
             channel: None,
             instance: String::new(),
             baseline: None,
+            finished: false,
         };
         node.launch().await?;
         Ok(node)
@@ -399,6 +401,7 @@ impl Node {
         if !left.is_empty() {
             bail!("processes outlive the agent: {left:?}");
         }
+        self.finished = true;
         Ok(())
     }
 }
@@ -418,7 +421,7 @@ const KINDS: &[&str] = &[
 
 impl Drop for Node {
     fn drop(&mut self) {
-        if thread::panicking() {
+        if !self.finished {
             eprintln!(
                 "--- longshored's log, last lines ---\n{}\n---",
                 self.log_tail()

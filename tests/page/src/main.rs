@@ -1,4 +1,5 @@
 //! A page server for containers: `page-server [ADDRESS]` or `PAGE_ADDRESS`, by default `[::]:8080`.
+//! `page-server --fetch ADDRESS` is the other side, for places that have no client.
 //!
 //! Answers each `GET` with a page that names the host and counts the requests, logs one line per
 //! request on standard output, and ends with code 0 upon SIGTERM, which a process that is pid 1
@@ -20,17 +21,39 @@ use nix::sys::signal::{SigSet, Signal};
 static REQUESTS: AtomicU64 = AtomicU64::new(0);
 
 fn main() -> ExitCode {
-    let address = env::args()
-        .nth(1)
+    let mut args = env::args().skip(1);
+    let first = args.next();
+    if first.as_deref() == Some("--fetch") {
+        return report("--fetch", fetch(&args.next().unwrap_or_default()));
+    }
+    let address = first
         .or_else(|| env::var("PAGE_ADDRESS").ok())
         .unwrap_or_else(|| "[::]:8080".to_owned());
-    match end_on_sigterm().and_then(|()| serve(&address)) {
+    report(&address, end_on_sigterm().and_then(|()| serve(&address)))
+}
+
+fn report(what: &str, result: io::Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("page-server: {address}: {error}");
+            eprintln!("page-server: {what}: {error}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Prints the answer of `address` to a `GET`.
+fn fetch(address: &str) -> io::Result<()> {
+    let limit = Duration::from_secs(10);
+    let address = address.parse().map_err(io::Error::other)?;
+    let mut stream = TcpStream::connect_timeout(&address, limit)?;
+    stream.set_read_timeout(Some(limit))?;
+    write!(
+        stream,
+        "GET / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+    )?;
+    io::copy(&mut stream, &mut io::stdout())?;
+    Ok(())
 }
 
 fn serve(address: &str) -> io::Result<()> {
