@@ -16,6 +16,8 @@ mod lower;
 mod native;
 pub mod seccomp;
 mod shim;
+#[cfg(test)]
+mod tests;
 
 use std::{
     fs::File,

@@ -329,3 +329,243 @@ fn failed(what: &str, error: &dyn std::fmt::Display) -> HandlerError {
         reason: format!("{what}: {error}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use serde_json::json;
+
+    use super::*;
+
+    const NATIVE: u32 = if cfg!(target_arch = "aarch64") {
+        0xc000_00b7
+    } else {
+        0xc000_003e
+    };
+    const ALLOW: u32 = 0x7fff_0000;
+    const LOG: u32 = 0x7ffc_0000;
+    const TRAP: u32 = 0x0003_0000;
+    const KILL_PROCESS: u32 = 0x8000_0000;
+    const EPERM: u32 = 0x0005_0001;
+    const ENOSYS: u32 = 0x0005_0026;
+
+    /// Runs a program as the kernel does, on one system call.
+    fn decide(program: &[u8], arch: u32, number: u32, args: [u64; 6]) -> u32 {
+        let mut data = Vec::new();
+        data.extend_from_slice(&number.to_ne_bytes());
+        data.extend_from_slice(&arch.to_ne_bytes());
+        data.extend_from_slice(&[0; 8]);
+        for arg in args {
+            data.extend_from_slice(&arg.to_ne_bytes());
+        }
+        let word = |at: u32| {
+            let at = at as usize;
+            u32::from_ne_bytes(data[at..at + 4].try_into().expect("four bytes"))
+        };
+        let (mut accumulator, mut at) = (0_u32, 0_usize);
+        loop {
+            let code = &program[at * 8..at * 8 + 8];
+            let k = u32::from_ne_bytes(code[4..].try_into().expect("four bytes"));
+            let jump = |holds: bool| usize::from(if holds { code[2] } else { code[3] });
+            at += 1;
+            match u16::from_ne_bytes([code[0], code[1]]) {
+                0x06 => return k,
+                0x20 => accumulator = word(k),
+                0x54 => accumulator &= k,
+                0x05 => at += k as usize,
+                0x15 => at += jump(accumulator == k),
+                0x25 => at += jump(accumulator > k),
+                0x35 => at += jump(accumulator >= k),
+                0x45 => at += jump(accumulator & k != 0),
+                other => panic!("instruction {other:#x} is not known here"),
+            }
+        }
+    }
+
+    fn number(name: &str) -> u32 {
+        let number = ScmpSyscall::from_name(name)
+            .expect("a system call")
+            .as_raw_syscall();
+        u32::try_from(number).expect("of this architecture")
+    }
+
+    fn on(program: &Program, name: &str, first: u64) -> u32 {
+        decide(
+            &program.instructions,
+            NATIVE,
+            number(name),
+            [first, 0, 0, 0, 0, 0],
+        )
+    }
+
+    fn profile(json: serde_json::Value) -> LinuxSeccomp {
+        serde_json::from_value(json).expect("the test writes valid OCI JSON")
+    }
+
+    #[test]
+    fn the_default_profile_allows_denies_and_looks_at_arguments() {
+        let default = |capabilities: &[oci_spec::runtime::Capability]| {
+            compile(&default_profile(&capabilities.iter().copied().collect())).expect("compiles")
+        };
+        let plain = default(&[]);
+        for (name, first, expected) in [
+            ("read", 0, ALLOW),
+            ("execve", 0, ALLOW),
+            ("ptrace", 0, ALLOW),
+            ("mount", 0, EPERM),
+            ("setns", 0, EPERM),
+            ("keyctl", 0, EPERM),
+            ("bpf", 0, EPERM),
+            ("io_uring_setup", 0, EPERM),
+            ("userfaultfd", 0, EPERM),
+            ("kexec_load", 0, EPERM),
+            ("clone", 0x11, ALLOW),
+            ("clone", 0x1000_0011, EPERM),
+            ("clone", 0x0002_0011, EPERM),
+            ("clone3", 0, ENOSYS),
+            ("unshare", 0x400, ALLOW),
+            ("unshare", 0x4000_0000, EPERM),
+            ("unshare", 0x80, EPERM),
+            ("socket", 2, ALLOW),
+            ("socket", 16, ALLOW),
+            ("socket", 40, EPERM),
+            ("personality", 0, ALLOW),
+            ("personality", 0x2_0008, ALLOW),
+            ("personality", 0xffff_ffff, ALLOW),
+            ("personality", 0x4_0000, EPERM),
+        ] {
+            assert_eq!(on(&plain, name, first), expected, "{name}({first:#x})");
+        }
+        let admin = default(&[oci_spec::runtime::Capability::SysAdmin]);
+        for name in ["mount", "clone3", "setns", "unshare", "clone"] {
+            assert_eq!(on(&admin, name, 0x1000_0011), ALLOW, "{name}");
+        }
+    }
+
+    #[test]
+    fn numbers_newer_than_the_profile_are_unknown_not_denied() {
+        let plain = compile(&default_profile(&Default::default())).expect("compiles");
+        assert_eq!(
+            decide(&plain.instructions, NATIVE, 999, [0; 6]),
+            ENOSYS,
+            "a call of the future"
+        );
+        // Where the default is to allow, nothing is added.
+        let open = compile(&profile(json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_ERRNO"}],
+        })))
+        .expect("compiles");
+        assert_eq!(decide(&open.instructions, NATIVE, 999, [0; 6]), ALLOW);
+        assert_eq!(on(&open, "mkdir", 0), EPERM);
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn other_architectures_of_the_machine_are_filtered_too() {
+        const I386: u32 = 0x4000_0003;
+        const ARM: u32 = 0x4000_0028;
+        const X32: u32 = 0x4000_0000;
+        let plain = compile(&default_profile(&Default::default())).expect("compiles");
+        let on = |arch, number| decide(&plain.instructions, arch, number, [0; 6]);
+        assert_eq!(on(I386, 3), ALLOW, "read");
+        assert_eq!(on(I386, 21), EPERM, "mount");
+        assert_eq!(on(NATIVE, X32), ALLOW, "read of x32");
+        assert_eq!(on(NATIVE, X32 | 165), EPERM, "mount of x32");
+        assert_eq!(on(ARM, 3), 0, "another machine: the thread is killed");
+    }
+
+    #[test]
+    fn every_action_and_comparison_of_oci_is_understood() {
+        let program = compile(&profile(json!({
+            "defaultAction": "SCMP_ACT_ERRNO",
+            "defaultErrnoRet": 38,
+            "flags": ["SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_TSYNC"],
+            "syscalls": [
+                {"names": ["read", "no_such_call"], "action": "SCMP_ACT_ALLOW"},
+                {"names": ["write"], "action": "SCMP_ACT_LOG"},
+                {"names": ["close"], "action": "SCMP_ACT_TRAP"},
+                {"names": ["dup"], "action": "SCMP_ACT_KILL_PROCESS"},
+                {"names": ["getpid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 5},
+                {"names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
+                {"names": ["lseek"], "action": "SCMP_ACT_ALLOW",
+                 "args": [{"index": 0, "value": 5, "op": "SCMP_CMP_GE"}]},
+                {"names": ["ioctl"], "action": "SCMP_ACT_ALLOW", "args": [
+                    {"index": 0, "value": 240, "valueTwo": 16, "op": "SCMP_CMP_MASKED_EQ"},
+                ]},
+                {"names": ["fchmod"], "action": "SCMP_ACT_ALLOW", "args": [
+                    {"index": 0, "value": 3, "op": "SCMP_CMP_EQ"},
+                    {"index": 0, "value": 7, "op": "SCMP_CMP_EQ"},
+                ]},
+            ],
+        })))
+        .expect("compiles");
+        assert_eq!(program.flags, 2);
+        for (name, first, expected) in [
+            ("read", 0, ALLOW),
+            ("write", 0, LOG),
+            ("close", 0, TRAP),
+            ("dup", 0, KILL_PROCESS),
+            ("getpid", 0, 0x0005_0005),
+            ("kill", 0, ENOSYS),
+            ("lseek", 4, ENOSYS),
+            ("lseek", 5, ALLOW),
+            ("lseek", 1 << 40, ALLOW),
+            ("ioctl", 0x1f, ALLOW),
+            ("ioctl", 0x2f, ENOSYS),
+            ("fchmod", 3, ALLOW),
+            ("fchmod", 7, ALLOW),
+            ("fchmod", 4, ENOSYS),
+        ] {
+            assert_eq!(on(&program, name, first), expected, "{name}({first:#x})");
+        }
+    }
+
+    #[test]
+    fn what_is_not_done_or_cannot_be_meant_is_refused() {
+        for json in [
+            json!({"defaultAction": "SCMP_ACT_NOTIFY"}),
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/x"}),
+            json!({"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 5000}),
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["read"],
+                "action": "SCMP_ACT_ERRNO", "args": [{"index": 6, "value": 0, "op": "SCMP_CMP_EQ"}]}]}),
+        ] {
+            assert!(compile(&profile(json.clone())).is_err(), "{json}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_takes_the_default_profile() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("the_kernel_takes_the_default_profile: skipped, needs root");
+            return;
+        }
+        let program = compile(&default_profile(&Default::default())).expect("compiles");
+        // The filter stays with its thread, which ends here.
+        thread::spawn(move || {
+            longshore_sys::seccomp::load(&program.instructions, program.flags)
+                .expect("a valid program");
+            let refused =
+                rustix::mount::unmount("/nonexistent", rustix::mount::UnmountFlags::empty());
+            assert_eq!(refused, Err(rustix::io::Errno::PERM));
+            std::fs::read("/proc/self/status").expect("reading goes on");
+            thread::spawn(|| ())
+                .join()
+                .expect("threads come by clone instead of clone3");
+        })
+        .join()
+        .expect("nothing in it failed");
+    }
+
+    #[test]
+    fn a_profile_is_compiled_once() {
+        let cache = Cache::default();
+        let profile = default_profile(&Default::default());
+        assert!(cache.compiled(&profile).is_none());
+        let first = cache.compile(&profile).expect("compiles");
+        let second = cache.compile(&profile).expect("is there");
+        assert!(Arc::ptr_eq(&first, &second));
+        assert!(cache.compiled(&profile).is_some());
+    }
+}

@@ -897,3 +897,108 @@ fn millis(duration: Duration) -> u64 {
 }
 
 const ESRCH: i32 = 3;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shim_is_known_by_its_whole_command_line() {
+        let id = SandboxId::random();
+        let line = |words: &[&str]| {
+            let mut raw = words.join("\0").into_bytes();
+            raw.push(0);
+            raw
+        };
+        assert_eq!(
+            parse_command_line(&line(&[NAME, "--sandbox", id.as_str(), "--dir", "/run/x"])),
+            Some((id.clone(), "/run/x".into()))
+        );
+        for other in [
+            &[NAME, "--sandbox", id.as_str(), "--dir"][..],
+            &[NAME, "--sandbox", "x", "--dir", "/run/x"],
+            &["sh", "--sandbox", id.as_str(), "--dir", "/run/x"],
+            &[NAME, "--sandbox", id.as_str(), "--dir", "/run/x", "more"],
+            &[],
+        ] {
+            assert_eq!(parse_command_line(&line(other)), None, "{other:?}");
+        }
+    }
+
+    fn pair() -> (Link, StdStream) {
+        let (ours, theirs) = StdStream::pair().expect("a pair");
+        (Link::new(ours).expect("registered"), theirs)
+    }
+
+    fn reply(fds: u32) -> wire::Reply {
+        wire::Reply {
+            fds,
+            answer: Some(Answer::Done(wire::Empty {})),
+        }
+    }
+
+    #[tokio::test]
+    async fn frames_are_put_together_from_pieces_with_their_descriptors() {
+        let (mut link, theirs) = pair();
+        let null = File::open("/dev/null").expect("a device");
+        let first = wire::frame(FrameKind::Reply, 3, &reply(2));
+        let second = wire::frame(FrameKind::Reply, 5, &reply(1));
+        let fds = [null.as_fd(), null.as_fd()];
+        fd::send_with_fds(&theirs, &first[..4], &fds).expect("sent");
+        fd::send_with_fds(&theirs, &first[4..], &[]).expect("sent");
+        fd::send_with_fds(&theirs, &second, &fds[..1]).expect("sent");
+        for (expected, count) in [(3, 2), (5, 1)] {
+            match link.next().await.expect("a frame") {
+                Received::Reply(stream, incoming) => {
+                    assert_eq!((stream, incoming.fds.len()), (expected, count));
+                }
+                Received::Fact(fact) => panic!("{fact:?}"),
+            }
+        }
+        drop(theirs);
+        assert!(matches!(link.next().await, Err(Broke::Closed)));
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_breaks_the_protocol_is_left() {
+        let null = File::open("/dev/null").expect("a device");
+        let request = wire::Request { fds: 0, ask: None };
+        for (frame, fds) in [
+            (wire::frame(FrameKind::Reply, 1, &reply(1)), 0),
+            (wire::frame(FrameKind::Reply, 1, &reply(0)), 1),
+            (wire::frame(FrameKind::Request, 1, &request), 0),
+            (vec![0xff; HEADER_BYTES], 0),
+            (vec![0, 0, 0, 1, 0, 0, 0, 1, 2, 0, 0xff], 0),
+        ] {
+            let (mut link, theirs) = pair();
+            let fds = vec![null.as_fd(); fds];
+            fd::send_with_fds(&theirs, &frame, &fds).expect("sent");
+            let result = link.next().await;
+            assert!(matches!(result, Err(Broke::Protocol(_))), "{frame:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn large_frames_pass_a_small_socket() {
+        let (mut link, theirs) = pair();
+        let sender = Link::new(theirs).expect("registered");
+        let big = wire::Reply {
+            fds: 1,
+            answer: Some(Answer::Failed(wire::Failure {
+                step: "x".repeat(3 << 20),
+                errno: 0,
+            })),
+        };
+        let fds = vec![OwnedFd::from(File::open("/dev/null").expect("a device"))];
+        let frame = wire::frame(FrameKind::Reply, 9, &big);
+        let (sent, received) = tokio::join!(send(&sender.stream, &frame, &fds), link.next());
+        sent.expect("sent whole");
+        match received.expect("received whole") {
+            Received::Reply(9, incoming) => {
+                assert_eq!(incoming.reply, big);
+                assert_eq!(incoming.fds.len(), 1);
+            }
+            _ => panic!("another frame"),
+        }
+    }
+}
