@@ -106,12 +106,14 @@ impl Cgroups {
         let hierarchies = Hierarchies::detect()?;
         let root = match &config.parent {
             Some(parent) => CgroupPath::below_parent(parent, &format!("longshore-{instance}"))?,
-            None => match delegated_parent(&hierarchies) {
-                Some(parent) => {
-                    CgroupPath::below_parent(&parent, &format!("longshore-{instance}"))?
+            None => {
+                match delegated_parent(&hierarchies, &file::read(Path::new("/proc/self/cgroup"))?) {
+                    Some(parent) => {
+                        CgroupPath::below_parent(&parent, &format!("longshore-{instance}"))?
+                    }
+                    None => CgroupPath(format!("longshore-{instance}")),
                 }
-                None => CgroupPath(format!("longshore-{instance}")),
-            },
+            }
         };
         let mut cgroups = Self {
             hierarchies,
@@ -503,12 +505,13 @@ fn make_dir(dir: &Path) -> Result<bool, CgroupError> {
 ///
 /// Only if the agent sits in a leaf: were it in the unit's own cgroup, a restart of the unit
 /// could not be placed there while pods below have controllers enabled.
-fn delegated_parent(hierarchies: &Hierarchies) -> Option<String> {
+fn delegated_parent(hierarchies: &Hierarchies, own_cgroups: &str) -> Option<String> {
     if hierarchies.version() != CgroupVersion::V2 {
         return None;
     }
-    let own = file::read(Path::new("/proc/self/cgroup")).ok()?;
-    let own = own.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let own = own_cgroups
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))?;
     let parent = Path::new(own).parent()?.to_str()?.trim_start_matches('/');
     if parent.is_empty() {
         return None;

@@ -30,9 +30,7 @@ pub struct CgroupStats {
     pub swap_limit_bytes: Option<u64>,
     /// Threads.
     pub tasks: u64,
-    /// Threads allowed.
-    pub tasks_limit: Option<u64>,
-    /// Time spent waiting for resources; `None` where the kernel does not measure it.
+    /// Time spent waiting for resources; version 2 only, and only if the kernel measures it.
     pub pressure: Option<PressureStats>,
 }
 
@@ -108,6 +106,10 @@ pub struct CgroupMetrics {
     pub oom_kills: u64,
     /// Processes.
     pub processes: u64,
+    /// Threads allowed.
+    pub tasks_limit: Option<u64>,
+    /// Time spent waiting for resources, on hybrid hosts too.
+    pub pressure: Option<PressureStats>,
     /// Disks used, by device number.
     pub io: Vec<IoUsage>,
     /// Huge pages by size; empty without their controller.
@@ -151,16 +153,10 @@ impl Cgroups {
     /// # Errors
     /// `Absent` if the cgroup is not there. A controller that the host lacks leaves zeros.
     pub fn stats(&self, path: &CgroupPath) -> Result<CgroupStats, CgroupError> {
-        let mut stats = match self.version() {
-            CgroupVersion::V1 => self.v1_stats(path)?,
-            CgroupVersion::V2 => v2_stats(&self.require_unified(path)?)?,
-        };
-        // On hybrid hosts too: pressure needs no controller.
-        stats.pressure = match self.hierarchies.unified_dir(path) {
-            Some(dir) => pressure(&dir)?,
-            None => None,
-        };
-        Ok(stats)
+        match self.version() {
+            CgroupVersion::V1 => self.v1_stats(path),
+            CgroupVersion::V2 => v2_stats(&self.require_unified(path)?),
+        }
     }
 
     /// Reads all there is.
@@ -174,6 +170,11 @@ impl Cgroups {
             CgroupVersion::V2 => v2_metrics(&self.require_unified(path)?)?,
         };
         metrics.oom_kills = self.oom_kills(path)?;
+        // On hybrid hosts too: pressure needs no controller.
+        metrics.pressure = match (stats.pressure, self.hierarchies.unified_dir(path)) {
+            (None, Some(dir)) => pressure(&dir)?,
+            (known, _) => known,
+        };
         metrics.processes = self.processes(path)?.len() as u64;
         if self.version() == CgroupVersion::V2 {
             metrics.memory_swap_limit_bytes = stats
@@ -211,22 +212,24 @@ impl Cgroups {
         if let Some(dir) = self.v1_dir("memory", path) {
             let stat = file::read(&dir.join("memory.stat"))?;
             let usage = file::read_number(&dir.join("memory.usage_in_bytes"))?;
-            let limit = limited(file::read_limit(&dir.join("memory.limit_in_bytes"))?);
             stats.fill_memory(usage, &stat, &V1_WORDS);
-            stats.memory_limit_bytes = limit;
+            // Nothing above has a limit, so this one has none: a file less to read.
+            if limited(file::keyed(&stat, "hierarchical_memory_limit")).is_some() {
+                stats.memory_limit_bytes =
+                    limited(file::read_limit(&dir.join("memory.limit_in_bytes"))?);
+            }
             if self.swap_accounting {
-                let both = file::read_number(&dir.join("memory.memsw.usage_in_bytes"))?;
-                let both_limit =
-                    limited(file::read_limit(&dir.join("memory.memsw.limit_in_bytes"))?);
-                stats.swap_usage_bytes = Some(both.saturating_sub(usage));
-                stats.swap_limit_bytes = both_limit
-                    .zip(limit)
-                    .map(|(both, memory)| both.saturating_sub(memory));
+                stats.swap_usage_bytes = file::keyed(&stat, "total_swap");
+            }
+            if self.swap_accounting
+                && let Some(memory) = stats.memory_limit_bytes
+            {
+                let both = limited(file::read_limit(&dir.join("memory.memsw.limit_in_bytes"))?);
+                stats.swap_limit_bytes = both.map(|both| both.saturating_sub(memory));
             }
         }
         if let Some(dir) = self.v1_dir("pids", path) {
             stats.tasks = file::read_number(&dir.join("pids.current"))?;
-            stats.tasks_limit = file::read_limit(&dir.join("pids.max"))?;
         }
         Ok(stats)
     }
@@ -263,6 +266,9 @@ impl Cgroups {
                 &text_or_empty(&dir.join("blkio.throttle.io_service_bytes_recursive"))?,
                 &text_or_empty(&dir.join("blkio.throttle.io_serviced_recursive"))?,
             );
+        }
+        if let Some(dir) = self.v1_dir("pids", path) {
+            metrics.tasks_limit = file::read_limit(&dir.join("pids.max"))?;
         }
         if let Some(dir) = self.v1_dir("hugetlb", path) {
             metrics.hugepages = hugepages(&dir, "usage_in_bytes", "max_usage_in_bytes")?;
@@ -333,7 +339,7 @@ fn v2_stats(dir: &Path) -> Result<CgroupStats, CgroupError> {
         stats.swap_limit_bytes = file::read_limit(&dir.join("memory.swap.max"))?;
     }
     stats.tasks = number_or_zero(&dir.join("pids.current"))?;
-    stats.tasks_limit = file::read_limit(&dir.join("pids.max"))?;
+    stats.pressure = pressure(dir)?;
     Ok(stats)
 }
 
@@ -361,6 +367,7 @@ fn v2_metrics(dir: &Path) -> Result<CgroupMetrics, CgroupError> {
         metrics.memory_reservation_bytes =
             file::read_limit(&dir.join("memory.low"))?.filter(|&bytes| bytes > 0);
     }
+    metrics.tasks_limit = file::read_limit(&dir.join("pids.max"))?;
     metrics.io = v2_io(&text_or_empty(&dir.join("io.stat"))?);
     metrics.hugepages = hugepages(dir, "current", "max_usage")?;
     Ok(metrics)
@@ -618,11 +625,11 @@ mod tests {
                 swap_usage_bytes: Some(5),
                 swap_limit_bytes: None,
                 tasks: 3,
-                tasks_limit: None,
                 pressure: None,
             }
         );
         let metrics = v2_metrics(dir.path()).expect("all files are there");
+        assert_eq!(metrics.tasks_limit, None);
         assert_eq!(metrics.cpu_user_ns, 1_000_000);
         assert_eq!(metrics.cpu_throttled_ns, 9000);
         assert_eq!(metrics.cpu_quota_us, None);

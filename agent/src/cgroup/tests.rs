@@ -173,7 +173,7 @@ fn a_cgroup_is_made_joined_read_emptied_and_removed_in_every_hierarchy() {
         assert_eq!(stats.memory_limit_bytes, None);
     }
     if ours.cgroups.controllers().contains(&"pids") {
-        assert_eq!((stats.tasks, stats.tasks_limit), (1, None));
+        assert_eq!(stats.tasks, 1);
     }
     let metrics = ours.cgroups.metrics(&container).expect("readable");
     assert_eq!(metrics.processes, 1);
@@ -221,9 +221,9 @@ fn limits_reach_the_kernel_and_are_changed_in_both_directions() {
         "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
     }));
     let stats = || ours.cgroups.stats(&container).expect("readable");
-    assert_eq!(stats().tasks_limit, Some(42));
     assert_eq!(stats().memory_limit_bytes, Some(64 << 20));
     let metrics = ours.cgroups.metrics(&container).expect("readable");
+    assert_eq!(metrics.tasks_limit, Some(42));
     assert_eq!(metrics.cpu_quota_us, Some(50_000));
     assert_eq!(metrics.cpu_period_us, Some(100_000));
     let expected_shares = match ours.cgroups.version() {
@@ -609,4 +609,31 @@ fn a_parent_is_a_plain_path_below_the_root() {
     for bad in ["", "/", ".", "a/..", &"x".repeat(300)] {
         assert!(bad.parse::<CgroupPath>().is_err(), "{bad:?}");
     }
+}
+
+#[test]
+fn a_subtree_from_systemd_is_used_if_the_agent_sits_in_a_leaf_of_it() {
+    let Some(ours) = unified_only("a_subtree_from_systemd", &[]) else {
+        return;
+    };
+    let unit = ours.cgroups.root.child_named("unit").expect("a path");
+    ours.cgroups.make(&unit).expect("made");
+    let own = format!("12:pids:/elsewhere\n0::/{unit}/agent\n");
+    let parent = |own: &str| delegated_parent(&ours.cgroups.hierarchies, own);
+    assert_eq!(parent(&own), None, "nothing is delegated yet");
+    let dir = ours
+        .cgroups
+        .hierarchies
+        .unified_dir(&unit)
+        .expect("a unified tree");
+    rustix::fs::setxattr(
+        &dir,
+        "trusted.delegate",
+        b"1",
+        rustix::fs::XattrFlags::empty(),
+    )
+    .expect("cgroups take attributes");
+    assert_eq!(parent(&own), Some(unit.to_string()));
+    assert_eq!(parent(&format!("0::/{unit}\n")), None, "the unit's own");
+    assert_eq!(parent("0::/\n"), None);
 }
