@@ -383,15 +383,24 @@ impl Netlink {
 
     /// All addresses of one link.
     pub(super) fn addresses(&mut self, index: u32) -> Result<Vec<IpNet>, NetworkError> {
+        self.addresses_where(|link| link == index)
+    }
+
+    /// All addresses of all links.
+    pub(super) fn all_addresses(&mut self) -> Result<Vec<IpNet>, NetworkError> {
+        self.addresses_where(|_| true)
+    }
+
+    fn addresses_where(&mut self, wish: impl Fn(u32) -> bool) -> Result<Vec<IpNet>, NetworkError> {
         let message = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         let replies = self.ask("RTM_GETADDR", "all", message, NLM_F_DUMP)?;
-        let of_link = replies.into_iter().filter_map(|reply| match reply {
-            RouteNetlinkMessage::NewAddress(message) if message.header.index == index => {
+        let wished = replies.into_iter().filter_map(|reply| match reply {
+            RouteNetlinkMessage::NewAddress(message) if wish(message.header.index) => {
                 address(&message)
             }
             _ => None,
         });
-        Ok(of_link.collect())
+        Ok(wished.collect())
     }
 
     /// All unicast and local routes, of both families and every table; also the addresses of the

@@ -1,0 +1,287 @@
+//! The one door to nf_tables and connection tracking: the table `inet longshore-<instance>`.
+//!
+//! ```text
+//! map publish4      { protocol . port            : address . port }   one of each per family:
+//! map publish4_at   { protocol . address . port  : address . port }   any or one host address
+//!
+//! guard         raw         what claims to be 127.0.0.0/8 but comes from a bridge of ours: drop
+//! prerouting    dstnat      to an address of the host: goto publish
+//! output        dstnat      the same, for the host's own packets (127.0.0.1 too, but not ::1)
+//! publish                   look the packet up in the maps, translate
+//! postrouting   srcnat      leaving a pool for the world: masquerade; translated and staying in
+//!                           the pool (hairpin), or from 127.0.0.0/8 to a bridge: masquerade too
+//! ```
+//!
+//! Publishing a port is adding a map element; its comment is the sandbox's id, so withdrawing
+//! needs no memory. Every change is one transaction. The table stays when the agent ends, and is
+//! replaced as a whole, without a gap, when it starts.
+//!
+//! An accept here can't overrule a drop in the FORWARD chain of somebody else's table; those are
+//! found by [`Nft::forward_drops`] and reported.
+//!
+//! Source: nft(8); Linux, include/uapi/linux/netfilter/{nf_tables,nfnetlink_conntrack}.h.
+
+mod batch;
+mod flow;
+mod map;
+mod rules;
+
+use std::{
+    io,
+    net::IpAddr,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use netlink_bindings::nftables::{Nfgenmsg, Request, VerdictCode};
+use netlink_socket2::NetlinkSocket;
+use netlink_sys::Socket;
+use rustix::io::Errno;
+
+use self::{batch::Batch, flow::Sweeper, map::Map};
+use super::{
+    error::NetworkError,
+    ports::{HostAddress, Protocol},
+};
+use crate::id::{InstanceId, SandboxId};
+
+/// A host port that leads into a sandbox, as the kernel has it: one element of a map.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Published {
+    /// Whose port it is.
+    pub sandbox: SandboxId,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// `AnyV4`, `AnyV6`, or one address; never `Any`, which is two elements.
+    pub host: HostAddress,
+    /// Port of the host.
+    pub host_port: u16,
+    /// Address of the sandbox.
+    pub address: IpAddr,
+    /// Port of the sandbox.
+    pub port: u16,
+}
+
+/// What the rules have to know of a network.
+#[derive(Clone, Debug)]
+pub(super) struct RuleNetwork {
+    pub(super) bridge: String,
+    pub(super) ipv4: Option<Ipv4Net>,
+    pub(super) ipv6: Option<Ipv6Net>,
+}
+
+/// A base chain of another table that drops what it does not know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ForeignChain {
+    pub(super) family: &'static str,
+    pub(super) table: String,
+    pub(super) chain: String,
+}
+
+/// `NFPROTO_*`, the families of nf_tables.
+mod family {
+    pub(super) const UNSPEC: u8 = 0;
+    pub(super) const INET: u8 = 1;
+    pub(super) const IPV4: u8 = 2;
+    pub(super) const IPV6: u8 = 10;
+}
+
+/// The agent's own table.
+pub(super) struct Nft {
+    table: String,
+    /// Locked through a whole call: a dump would miss elements if another thread of ours changed
+    /// a map meanwhile.
+    sockets: Mutex<Sockets>,
+    sweeper: Sweeper,
+}
+
+/// Sockets that stay open: closing one waits until the kernel has freed what was deleted, which
+/// takes tens of milliseconds.
+///
+/// Source: Linux, net/netfilter/nf_tables_api.c, `nft_rcv_nl_event`.
+struct Sockets {
+    /// For dumps.
+    asking: NetlinkSocket,
+    /// For transactions.
+    batches: Option<Socket>,
+    sequence: u32,
+}
+
+impl Nft {
+    /// Opens its sockets when they are first used, in the caller's network namespace.
+    pub(super) fn new(instance: &InstanceId) -> Self {
+        let table = format!("longshore-{instance}");
+        Self {
+            sweeper: Sweeper::new(&table),
+            table,
+            sockets: Mutex::new(Sockets {
+                asking: NetlinkSocket::new(),
+                batches: None,
+                sequence: 1,
+            }),
+        }
+    }
+
+    /// Replaces the whole table in one transaction.
+    pub(super) fn rebuild(
+        &self,
+        networks: &[RuleNetwork],
+        published: &[Published],
+    ) -> Result<(), NetworkError> {
+        let mut sockets = self.lock();
+        let mut batch = Batch::new(&self.table, &sockets);
+        batch.replace_table();
+        for map in Map::ALL {
+            batch.new_map(map);
+        }
+        for chain in rules::chains() {
+            batch.new_chain(&chain);
+        }
+        for (chain, rule) in rules::rules(networks) {
+            batch.new_rule(chain, &rule);
+        }
+        batch.new_elements(published);
+        batch
+            .commit("rebuild", &mut sockets)
+            .map_err(missing_module)?;
+        let pools = networks.iter().flat_map(|network| {
+            let v4 = network.ipv4.map(IpNet::V4).into_iter();
+            v4.chain(network.ipv6.map(IpNet::V6))
+        });
+        self.sweeper.started(pools.collect());
+        Ok(())
+    }
+
+    /// Adds elements; those that exist already are fine.
+    pub(super) fn publish(&self, published: &[Published]) -> Result<(), NetworkError> {
+        if published.is_empty() {
+            return Ok(());
+        }
+        let mut sockets = self.lock();
+        let mut batch = Batch::new(&self.table, &sockets);
+        batch.new_elements(published);
+        batch.commit("publish", &mut sockets)?;
+        self.sweeper.published(published);
+        Ok(())
+    }
+
+    /// Removes all elements of a sandbox, and soon their flows; none is fine.
+    pub(super) fn withdraw(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
+        let mut sockets = self.lock();
+        let mut gone = dump(&mut sockets.asking, &self.table)?;
+        gone.retain(|element| element.sandbox == *sandbox);
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let mut batch = Batch::new(&self.table, &sockets);
+        batch.delete_elements(&gone);
+        batch.commit("withdraw", &mut sockets)?;
+        self.sweeper.withdrawn(&gone);
+        Ok(())
+    }
+
+    /// All elements.
+    pub(super) fn published(&self) -> Result<Vec<Published>, NetworkError> {
+        dump(&mut self.lock().asking, &self.table)
+    }
+
+    /// Removes the table; not there is fine.
+    pub(super) fn remove(&self) -> Result<(), NetworkError> {
+        let mut sockets = self.lock();
+        let mut batch = Batch::new(&self.table, &sockets);
+        batch.delete_table();
+        batch.commit("remove", &mut sockets)
+    }
+
+    /// Chains of other tables in the forward hook whose policy is to drop.
+    pub(super) fn forward_drops(&self) -> Result<Vec<ForeignChain>, NetworkError> {
+        const FORWARD: u32 = 2;
+        let failed = |error: io::Error| NetworkError::kernel("NFT_MSG_GETCHAIN", "all", error);
+        let request = Request::new().op_getchain_dump(&header(family::UNSPEC));
+        let mut sockets = self.lock();
+        let mut replies = sockets.asking.request(&request).map_err(failed)?;
+        let mut found = Vec::new();
+        while let Some(reply) = replies.recv() {
+            let (header, chain) = reply.map_err(|error| failed(error.into()))?;
+            let forward = chain.get_hook().and_then(|hook| hook.get_num()).ok() == Some(FORWARD);
+            let drops = chain.get_policy().ok() == Some(VerdictCode::Drop as u32);
+            let (Ok(table), Ok(name)) = (chain.get_table(), chain.get_name()) else {
+                continue;
+            };
+            let table = table.to_string_lossy().into_owned();
+            if forward && drops && table != self.table {
+                found.push(ForeignChain {
+                    family: match header.nfgen_family {
+                        family::IPV4 => "ip",
+                        family::IPV6 => "ip6",
+                        family::INET => "inet",
+                        _ => continue,
+                    },
+                    table,
+                    chain: name.to_string_lossy().into_owned(),
+                });
+            }
+        }
+        Ok(found)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Sockets> {
+        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All elements of a table, or none if there is no such table.
+fn dump(socket: &mut NetlinkSocket, table: &str) -> Result<Vec<Published>, NetworkError> {
+    let mut found = Vec::new();
+    for map in Map::ALL {
+        let failed =
+            |error: io::Error| NetworkError::kernel("NFT_MSG_GETSETELEM", map.name(), error);
+        let mut request = Request::new().op_getsetelem_dump(&header(family::INET));
+        request
+            .encode()
+            .push_table_bytes(table.as_bytes())
+            .push_set_bytes(map.name().as_bytes());
+        let mut replies = socket.request(&request).map_err(failed)?;
+        while let Some(reply) = replies.recv() {
+            let (_, list) = match reply {
+                Ok(reply) => reply,
+                // No table yet.
+                Err(error) if is(error.as_io_error(), Errno::NOENT) => break,
+                Err(error) => return Err(failed(error.into())),
+            };
+            if let Ok(elements) = list.get_elements() {
+                found.extend(elements.get_elem().filter_map(|one| map.decode(&one)));
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn is(error: &io::Error, errno: Errno) -> bool {
+    error.raw_os_error() == Some(errno.raw_os_error())
+}
+
+fn missing_module(error: NetworkError) -> NetworkError {
+    let missing = [
+        Errno::NOENT,
+        Errno::OPNOTSUPP,
+        Errno::AFNOSUPPORT,
+        Errno::PROTONOSUPPORT,
+    ];
+    match error.errno() {
+        Some(errno) if missing.iter().any(|one| one.raw_os_error() == errno) => {
+            NetworkError::Missing {
+                feature: "nf_tables with inet nat",
+                hint: "load the modules nf_tables, nft_chain_nat, nft_nat, nft_masq, nft_fib_inet \
+                       and nft_ct",
+            }
+        }
+        _ => error,
+    }
+}
+
+fn header(family: u8) -> Nfgenmsg {
+    let mut header = Nfgenmsg::new();
+    header.nfgen_family = family;
+    header
+}
