@@ -38,7 +38,10 @@ use super::{
 use crate::id::{InstanceId, SandboxId};
 
 /// How long a link may live after its namespace before we delete it ourselves.
-const LINK_GONE_WITHIN: Duration = Duration::from_millis(300);
+const LINK_GONE_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long a link may take to pass traffic before we go on all the same.
+const RUNNING_WITHIN: Duration = Duration::from_millis(100);
 
 /// What attaching made.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -205,9 +208,12 @@ fn repair_links(
                 match bridge {
                     Some(bridge) if link.controller == Some(bridge) && link.up => {}
                     Some(bridge) => {
+                        let mac = plan.and_then(|(_, plan)| plan.mac);
                         let alias = port_alias(instance, &sandbox);
                         tracing::warn!(link = link.name, %sandbox, "put back on its bridge");
                         changes.extend(netlink::repair_port(&link.name, &alias, bridge));
+                        changes
+                            .extend(mac.map(|mac| netlink::pin_mac(link.index, &link.name, mac)));
                     }
                     None => {
                         tracing::warn!(link = link.name, %sandbox, "removed: nobody's");
@@ -343,9 +349,24 @@ fn connect(
                 .iter()
                 .map(|ip| netlink::add_default_route(index, *ip)),
         );
-        inside.apply(changes)
+        inside.apply(changes)?;
+        let port = wait_until_running(&mut host, &name)?;
+        host.apply(vec![netlink::pin_mac(port.index, &name, veth.mac)])
     })?;
     Ok(name)
+}
+
+/// The kernel lets a port pass traffic a moment after both ends are up, on a work queue. What is
+/// sent before is lost, and a lost question for a neighbour costs a second.
+fn wait_until_running(netlink: &mut Netlink, name: &str) -> Result<Link, NetworkError> {
+    let deadline = Instant::now() + RUNNING_WITHIN;
+    loop {
+        let link = existing(netlink, name)?;
+        if link.running || Instant::now() >= deadline {
+            return Ok(link);
+        }
+        thread::sleep(Duration::from_micros(100));
+    }
 }
 
 /// Withdraws the sandbox's ports; its links go with its namespace.
@@ -354,12 +375,12 @@ pub(super) fn detach(nft: &Nft, sandbox: &SandboxId) -> Result<(), NetworkError>
 }
 
 /// Waits until the sandbox's link is gone, as it should be once its namespace is; deletes it if
-/// something keeps the namespace alive.
+/// something keeps the namespace alive. A link that is not this sandbox's is not looked at.
 pub(super) fn settle(instance: &InstanceId, sandbox: &SandboxId) -> Result<(), NetworkError> {
     let mut netlink = Netlink::open()?;
     let name = port_name(sandbox);
     let deadline = Instant::now() + LINK_GONE_WITHIN;
-    let mut pause = Duration::from_micros(200);
+    let mut pause = Duration::from_millis(1);
     loop {
         let Some(link) = netlink.link(&name)? else {
             return Ok(());
@@ -372,7 +393,7 @@ pub(super) fn settle(instance: &InstanceId, sandbox: &SandboxId) -> Result<(), N
             return netlink.apply(vec![netlink::delete_link(link.index, &name)]);
         }
         thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(5));
+        pause = (pause * 2).min(Duration::from_millis(50));
     }
 }
 

@@ -388,6 +388,7 @@ mod tests {
             mac: Vec::new(),
             mtu,
             up: true,
+            running: true,
         }
     }
 

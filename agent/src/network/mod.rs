@@ -149,8 +149,8 @@ impl Networks {
     /// Withdraws the sandbox's ports and ends their flows; by id alone, repeatable, nothing there
     /// is fine.
     ///
-    /// The links stay: dropping the namespace removes them much faster than a request could.
-    /// After that, [`Networks::settle`] makes sure of it.
+    /// The links go with the namespace, which is cheaper than a request to delete them;
+    /// [`Networks::settle`] makes sure of it.
     ///
     /// # Errors
     /// `Kernel` if nf_tables refuses.
@@ -162,8 +162,11 @@ impl Networks {
         .await
     }
 
-    /// Waits, after the namespace was dropped, until the sandbox's link is gone (about 1 ms), so
-    /// that its addresses can be given out again; deletes the link if it stays. Repeatable.
+    /// Waits, after the namespace was dropped, until the sandbox's link is gone, and deletes it if
+    /// something keeps the namespace alive. Repeatable.
+    ///
+    /// The kernel takes 10 to 50 ms for it, so this belongs beside a request, not into it: nothing
+    /// depends on it, the sandbox's addresses may be given out before.
     ///
     /// # Errors
     /// `Kernel` if rtnetlink refuses.

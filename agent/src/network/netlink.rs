@@ -23,7 +23,9 @@ use netlink_packet_route::{
     link::{
         AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoBridge, InfoBridgePort, InfoData, InfoKind,
         InfoPortData, InfoPortKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+        State,
     },
+    neighbour::{NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -77,6 +79,8 @@ pub(super) struct Link {
     pub(super) mac: Vec<u8>,
     pub(super) mtu: u32,
     pub(super) up: bool,
+    /// Up at the other end too, and known to be.
+    pub(super) running: bool,
 }
 
 /// A route as far as we care.
@@ -114,6 +118,11 @@ impl Change {
 
     fn create(self) -> Self {
         let flags = NLM_F_CREATE | NLM_F_EXCL;
+        Self { flags, ..self }
+    }
+
+    fn replace(self) -> Self {
+        let flags = NLM_F_CREATE | NLM_F_REPLACE;
         Self { flags, ..self }
     }
 
@@ -208,6 +217,20 @@ pub(super) fn repair_port(name: &str, alias: &str, bridge: u32) -> Vec<Change> {
     changes
 }
 
+/// Tells the bridge that this hardware address is behind this port and nowhere else, so that it
+/// need not be learned first, and the dying link of an earlier holder can't claim it.
+pub(super) fn pin_mac(port: u32, name: &str, mac: Mac) -> Change {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = port;
+    message.header.state = NeighbourState::Noarp;
+    message.header.flags = NeighbourFlags::Controller | NeighbourFlags::Sticky;
+    let address = NeighbourAttribute::LinkLayerAddress(mac.0.to_vec());
+    message.attributes.push(address);
+    let message = RouteNetlinkMessage::NewNeighbour(message);
+    Change::new("RTM_NEWNEIGH", format!("{mac} behind {name}"), message).replace()
+}
+
 pub(super) fn set_up(name: &str) -> Change {
     let up = named(name).up().build();
     Change::new("RTM_SETLINK", name, RouteNetlinkMessage::SetLink(up))
@@ -278,11 +301,7 @@ pub(super) fn add_default_route(link: u32, gateway: IpAddr) -> Change {
             .build(),
     };
     let message = RouteNetlinkMessage::NewRoute(message);
-    let change = Change::new("RTM_NEWROUTE", format!("default via {gateway}"), message);
-    Change {
-        flags: NLM_F_CREATE | NLM_F_REPLACE,
-        ..change
-    }
+    Change::new("RTM_NEWROUTE", format!("default via {gateway}"), message).replace()
 }
 
 fn named(name: &str) -> LinkMessageBuilder<LinkUnspec> {
@@ -509,6 +528,7 @@ fn link(reply: RouteNetlinkMessage) -> Option<Link> {
         mac: Vec::new(),
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        running: false,
     };
     for attribute in message.attributes {
         match attribute {
@@ -517,6 +537,7 @@ fn link(reply: RouteNetlinkMessage) -> Option<Link> {
             LinkAttribute::Controller(index) => link.controller = Some(index),
             LinkAttribute::Address(mac) => link.mac = mac,
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::OperState(state) => link.running = state == State::Up,
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {
