@@ -68,8 +68,8 @@ async fn an_image_is_found_by_each_of_its_names() -> Result<()> {
             .await?
             .with_context(|| format!("no status of {name}"))?;
         assert_eq!(found.id, image.id, "{name}");
-        assert_eq!(found.repo_tags, [tagged.clone()], "{name}");
-        assert_eq!(found.repo_digests, [digested.clone()], "{name}");
+        assert_eq!(found.repo_tags, [tagged.as_str()], "{name}");
+        assert_eq!(found.repo_digests, [digested.as_str()], "{name}");
         assert!(found.size > 0, "{name}");
     }
     assert!(
@@ -591,9 +591,10 @@ fn code(error: &anyhow::Error) -> Option<Code> {
 }
 
 fn expect_no_layers(node: &Node) -> Result<()> {
-    for entry in fs::read_dir(node.data_dir().join("layers"))? {
-        anyhow::bail!("left: {}", entry?.path().display());
-    }
+    let left: Vec<_> = fs::read_dir(node.data_dir().join("layers"))?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<_>>()?;
+    anyhow::ensure!(left.is_empty(), "left: {left:?}");
     Ok(())
 }
 

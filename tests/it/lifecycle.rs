@@ -1260,8 +1260,8 @@ async fn lists_show_what_their_filters_ask_for() -> Result<()> {
         id: id.to_owned(),
         ..Default::default()
     };
-    assert_eq!(pods(by_id(&one.id)).await?, [one.id.clone()]);
-    assert_eq!(pods(by_id(&one.id[..13])).await?, [one.id.clone()]);
+    assert_eq!(pods(by_id(&one.id)).await?, [one.id.as_str()]);
+    assert_eq!(pods(by_id(&one.id[..13])).await?, [one.id.as_str()]);
     assert!(pods(by_id(&"0".repeat(64))).await?.is_empty());
     let ready = cri::PodSandboxFilter {
         state: Some(cri::PodSandboxStateValue {
@@ -1269,12 +1269,12 @@ async fn lists_show_what_their_filters_ask_for() -> Result<()> {
         }),
         ..Default::default()
     };
-    assert_eq!(pods(ready).await?, [one.id.clone()]);
+    assert_eq!(pods(ready).await?, [one.id.as_str()]);
     let labelled = cri::PodSandboxFilter {
         label_selector: HashMap::from([("test".to_owned(), "two".to_owned())]),
         ..Default::default()
     };
-    assert_eq!(pods(labelled).await?, [two.id.clone()]);
+    assert_eq!(pods(labelled).await?, [two.id.as_str()]);
     for (filter, expected) in [
         (
             cri::ContainerFilter {

@@ -143,7 +143,7 @@ impl Scope {
         }
         for dir in &self.dirs {
             let mut files = BTreeSet::new();
-            walk(dir, dir, &mut files)?;
+            walk(dir, &mut files)?;
             all.add("files", files);
         }
         Ok(all)
@@ -376,7 +376,7 @@ fn network_namespaces() -> Result<BTreeSet<String>> {
 
 /// Every path below `dir` with its kind; the database's own files are left out, since it makes and
 /// drops its journal as it likes.
-fn walk(root: &Path, dir: &Path, into: &mut BTreeSet<String>) -> Result<()> {
+fn walk(dir: &Path, into: &mut BTreeSet<String>) -> Result<()> {
     let Ok(entries) = fs::read_dir(dir) else {
         return Ok(());
     };
@@ -399,7 +399,7 @@ fn walk(root: &Path, dir: &Path, into: &mut BTreeSet<String>) -> Result<()> {
         };
         into.insert(format!("{} ({mark})", entry.path().display()));
         if kind.is_dir() {
-            walk(root, &entry.path(), into)?;
+            walk(&entry.path(), into)?;
         }
     }
     Ok(())
