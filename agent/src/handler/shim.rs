@@ -447,7 +447,17 @@ impl Shim {
         ask: Ask,
         fds: Vec<OwnedFd>,
     ) -> Result<(Answer, Vec<OwnedFd>), HandlerError> {
-        let (name, patience, container) = (name(&ask), patience(&ask), container(&ask));
+        let patience = patience(&ask);
+        self.request_within(patience, ask, fds).await
+    }
+
+    async fn request_within(
+        &self,
+        patience: Duration,
+        ask: Ask,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(Answer, Vec<OwnedFd>), HandlerError> {
+        let (name, container) = (name(&ask), container(&ask));
         // Odd numbers, as ttrpc has them; 0 is for events.
         let stream = self.next_stream.fetch_add(2, Ordering::Relaxed);
         let request = wire::Request {
@@ -1000,5 +1010,297 @@ mod tests {
             }
             _ => panic!("another frame"),
         }
+    }
+
+    /// The other end, as a shim of this process's pid.
+    struct Peer(Link);
+
+    impl Peer {
+        async fn asked(&mut self) -> (u32, Ask) {
+            loop {
+                if let Some(&header) = self.0.bytes.first_chunk::<HEADER_BYTES>() {
+                    let header = Header::decode(header).expect("a header");
+                    let whole = HEADER_BYTES + header.length as usize;
+                    if self.0.bytes.len() >= whole {
+                        let request = wire::Request::decode(&self.0.bytes[HEADER_BYTES..whole])
+                            .expect("a request");
+                        self.0.bytes.drain(..whole);
+                        return (header.stream, request.ask.expect("a wish"));
+                    }
+                }
+                self.0.stream.readable().await.expect("a socket");
+                let mut piece = [0; 4096];
+                let received = self.0.stream.try_io(Interest::READABLE, || {
+                    fd::recv_with_fds(self.0.stream.as_fd(), &mut piece, wire::MAX_FRAME_FDS)
+                });
+                if let Ok((count, _)) = received {
+                    assert!(count > 0, "the agent hung up");
+                    self.0.bytes.extend_from_slice(&piece[..count]);
+                }
+            }
+        }
+
+        async fn answer(&self, stream: u32, answer: Answer, fds: &[OwnedFd]) {
+            let reply = wire::Reply {
+                fds: u32::try_from(fds.len()).expect("few"),
+                answer: Some(answer),
+            };
+            let frame = wire::frame(FrameKind::Reply, stream, &reply);
+            send(&self.0.stream, &frame, fds).await.expect("sent");
+        }
+
+        async fn tell(&self, fact: Fact) {
+            let event = wire::Event { fact: Some(fact) };
+            let frame = wire::frame(FrameKind::Event, 0, &event);
+            send(&self.0.stream, &frame, &[]).await.expect("sent");
+        }
+
+        async fn welcome(&mut self, version: u32) {
+            let (stream, ask) = self.asked().await;
+            assert!(matches!(ask, Ask::Hello(_)), "{ask:?}");
+            let welcome = wire::Welcome {
+                version,
+                pid: std::process::id().cast_signed(),
+                ..wire::Welcome::default()
+            };
+            self.answer(stream, Answer::Welcome(welcome), &[]).await;
+        }
+    }
+
+    struct Connected {
+        shim: Arc<Shim>,
+        peer: Peer,
+        events: mpsc::Receiver<ShimEvent>,
+        _dir: tempfile::TempDir,
+    }
+
+    async fn connected() -> Connected {
+        let (ours, theirs) = StdStream::pair().expect("a pair");
+        let mut peer = Peer(Link::new(theirs).expect("registered"));
+        let dir = tempfile::tempdir().expect("a directory");
+        let (sender, events) = mpsc::channel(4);
+        let sandbox = SandboxId::random();
+        let (shim, ()) = tokio::join!(
+            Shim::connect(&sandbox, dir.path(), ours, sender),
+            peer.welcome(wire::VERSION)
+        );
+        Connected {
+            shim: shim.expect("connected").0,
+            peer,
+            events,
+            _dir: dir,
+        }
+    }
+
+    fn kill_exec(exec_id: u64) -> Ask {
+        Ask::KillExec(wire::KillExec { exec_id })
+    }
+
+    #[tokio::test]
+    async fn replies_find_their_requests_in_any_order() {
+        let Connected { shim, mut peer, .. } = connected().await;
+        let null = || OwnedFd::from(File::open("/dev/null").expect("a device"));
+        let requests = (0..40).map(|n| shim.request_process(kill_exec(n), Vec::new()));
+        let requests = futures_util::future::join_all(requests);
+        let serve = async {
+            let mut asked = Vec::new();
+            for _ in 0..40 {
+                asked.push(peer.asked().await);
+            }
+            asked.reverse();
+            for (stream, ask) in asked {
+                let Ask::KillExec(kill) = ask else {
+                    panic!("{ask:?}");
+                };
+                let pid = i32::try_from(kill.exec_id).expect("small");
+                let fds: Vec<_> = (0..pid % 3).map(|_| null()).collect();
+                let answer = Answer::Process(wire::Process { pid });
+                peer.answer(stream, answer, &fds).await;
+            }
+        };
+        let (answers, ()) = tokio::join!(requests, serve);
+        for (n, answer) in (0..).zip(answers) {
+            let (pid, fds) = answer.expect("answered");
+            assert_eq!(
+                (pid, fds.len()),
+                (n, usize::try_from(n % 3).expect("small"))
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_silent_shim_is_told_and_its_late_answer_dropped() {
+        let Connected { shim, mut peer, .. } = connected().await;
+        let patience = Duration::from_millis(20);
+        let silent = shim
+            .request_within(patience, kill_exec(1), Vec::new())
+            .await
+            .err();
+        assert!(
+            matches!(
+                silent,
+                Some(HandlerError::ShimSilent {
+                    request: "kill exec",
+                    waited_ms: 20,
+                    ..
+                })
+            ),
+            "{silent:?}"
+        );
+        let (late, _) = peer.asked().await;
+        let done = Answer::Done(wire::Empty {});
+        peer.answer(late, done.clone(), &[]).await;
+        let serve = async {
+            let (stream, _) = peer.asked().await;
+            peer.answer(stream, done, &[]).await;
+        };
+        let (next, ()) = tokio::join!(shim.request_done(kill_exec(2), Vec::new()), serve);
+        next.expect("the connection is as good as before");
+    }
+
+    #[tokio::test]
+    async fn failures_carry_step_and_error_number() {
+        let Connected { shim, mut peer, .. } = connected().await;
+        let container = ContainerId::random();
+        for (step, errno, expected) in [
+            ("execve /bin/x", 2, None),
+            ("unknown container", 2, Some(container.clone())),
+        ] {
+            let ask = Ask::Delete(wire::Named {
+                container_id: container.to_string(),
+            });
+            let serve = async {
+                let (stream, _) = peer.asked().await;
+                let failure = wire::Failure {
+                    step: step.to_owned(),
+                    errno,
+                };
+                peer.answer(stream, Answer::Failed(failure), &[]).await;
+            };
+            let (answer, ()) = tokio::join!(shim.request_done(ask, Vec::new()), serve);
+            match answer.expect_err("it failed") {
+                HandlerError::Step {
+                    step: found,
+                    errno: 2,
+                    ..
+                } => {
+                    assert_eq!((found.as_str(), expected), (step, None));
+                }
+                HandlerError::UnknownContainer { container, .. } => {
+                    assert_eq!(Some(container), expected);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn versions_out_of_reach_are_refused() {
+        for (version, accepted) in [
+            (0, false),
+            (wire::VERSION, true),
+            (wire::VERSION + 1, false),
+        ] {
+            let (ours, theirs) = StdStream::pair().expect("a pair");
+            let mut peer = Peer(Link::new(theirs).expect("registered"));
+            let sandbox = SandboxId::random();
+            let (greeted, ()) = tokio::join!(greet(&sandbox, ours), peer.welcome(version));
+            match greeted {
+                Ok(_) => assert!(accepted, "version {version}"),
+                Err(HandlerError::ShimVersion { found, .. }) => {
+                    assert!(!accepted, "version {version}");
+                    assert_eq!(found, version);
+                }
+                Err(other) => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn exits_reach_events_and_their_execs_even_when_nobody_reads() {
+        let Connected {
+            shim,
+            peer,
+            mut events,
+            ..
+        } = connected().await;
+        let status = wire::ExitStatus::default();
+        let (ended, has_ended) = oneshot::channel();
+        let exit = shim.expect_exec(5, move || {
+            let _ = ended.send(());
+        });
+        // More than the channel holds: the exec's exit must get past them.
+        for n in 0..8 {
+            peer.tell(Fact::Exited(wire::Exited {
+                container_id: n.to_string(),
+                status,
+            }))
+            .await;
+        }
+        let exec = wire::ExecExited {
+            exec_id: 5,
+            status,
+            timed_out: true,
+        };
+        peer.tell(Fact::ExecExited(exec.clone())).await;
+        assert_eq!(exit.await.expect("told"), exec);
+        has_ended.await.expect("cleaned up");
+        let mut told = Vec::new();
+        for _ in 0..8 {
+            match events.recv().await.expect("an event").what {
+                ShimNews::Exited(exited) => told.push(exited.container_id),
+                lost @ ShimNews::Lost { .. } => panic!("{lost:?}"),
+            }
+        }
+        told.sort();
+        assert_eq!(told, ["0", "1", "2", "3", "4", "5", "6", "7"]);
+    }
+
+    #[tokio::test]
+    async fn a_broken_connection_fails_what_is_under_way_and_is_reported_once() {
+        let Connected {
+            shim,
+            mut peer,
+            mut events,
+            ..
+        } = connected().await;
+        let exit = shim.expect_exec(5, || ());
+        let serve = async {
+            peer.asked().await;
+            drop(peer);
+        };
+        let (answer, ()) = tokio::join!(shim.request_done(kill_exec(1), Vec::new()), serve);
+        assert!(
+            matches!(answer, Err(HandlerError::ShimLost { .. })),
+            "{answer:?}"
+        );
+        assert!(exit.await.is_err());
+        // The process lives, but nobody listens on a socket in its directory.
+        let event = events.recv().await.expect("an event");
+        assert_eq!(
+            event.what,
+            ShimNews::Lost {
+                process_gone: false
+            }
+        );
+        let after = shim.request_done(kill_exec(2), Vec::new()).await;
+        assert!(
+            matches!(after, Err(HandlerError::ShimLost { .. })),
+            "{after:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_shim_that_was_let_go_is_not_reported() {
+        let Connected {
+            shim,
+            peer,
+            mut events,
+            ..
+        } = connected().await;
+        shim.close();
+        drop(shim);
+        drop(peer);
+        assert_eq!(events.recv().await, None);
     }
 }
