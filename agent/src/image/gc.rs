@@ -1,11 +1,12 @@
 //! Prune: what nobody asked to keep, each with the reason why it may go.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::error::ImageError;
 use super::image::Image;
 use super::remove_image::{drop_images, unused_layers};
-use super::{Holders, Images, blobs_in_use};
+use super::{Holders, Images, blobs_of};
 use crate::blocking;
 use crate::id::{Digest, Face, ImageId};
 
@@ -69,7 +70,6 @@ impl Images {
             .filter(|image| (holders.image)(&at, &image.id).is_none())
             .collect();
         let mut pruned: Vec<Pruned> = leaving.iter().map(|image| pruned_image(image)).collect();
-        let gone: Vec<&ImageId> = leaving.iter().map(|image| &image.id).collect();
         for layer in unused_layers(inner, &at, &leaving, holders) {
             let kind = PrunedKind::Layer(layer.diff_id.clone());
             pruned.push(Pruned {
@@ -83,20 +83,9 @@ impl Images {
             Ok::<_, ImageError>((content.list()?, content.list_partial()?))
         })
         .await?;
-        let mut wanted = blobs_in_use(&at);
-        for image in &leaving {
-            let own = std::iter::once(&image.id.0)
-                .chain(image.manifests.keys())
-                .chain(&image.blobs);
-            let shared = |digest: &Digest| {
-                at.all::<Image>().any(|other| {
-                    !gone.contains(&&other.id)
-                        && (other.manifests.contains_key(digest) || other.blobs.contains(digest))
-                })
-            };
-            for digest in own.filter(|digest| !shared(digest)) {
-                wanted.remove(digest);
-            }
+        let mut wanted = BTreeSet::new();
+        for image in at.all::<Image>().filter(|image| !leaving.contains(image)) {
+            wanted.extend(blobs_of(&image).cloned());
         }
         for (digest, bytes) in blobs
             .into_iter()

@@ -107,6 +107,19 @@ pub struct ImageFsUsage {
     pub inodes: u64,
 }
 
+/// Images as the disk has them, for comparing it with the store.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImageInventory {
+    /// Complete blobs that no image needs; a prune takes them.
+    pub orphan_blobs: Vec<Digest>,
+    /// Manifests, configurations and kept layers that should be here; a pull brings them back.
+    pub missing_blobs: Vec<(ImageId, Digest)>,
+    /// Layers whose directory should be here, by diff ID; a pull brings them back.
+    pub missing_layers: Vec<(ImageId, Digest)>,
+    /// What unfinished pulls have fetched, with sizes in bytes; a pull goes on with it.
+    pub partial_blobs: Vec<(Digest, u64)>,
+}
+
 impl Images {
     /// Opens the images of `data_dir`; blocking. Call [`Images::recover`] before the first pull.
     ///
@@ -242,6 +255,47 @@ impl Images {
         Ok(id)
     }
 
+    /// Compares the disk with the records.
+    ///
+    /// # Errors
+    /// `Content` if a directory can't be read.
+    pub async fn inventory(&self) -> Result<ImageInventory, ImageError> {
+        // A commit writes blobs before their record.
+        let _planning = self.inner.planning.lock().await;
+        let inner = Arc::clone(&self.inner);
+        blocking::run("list images", move || {
+            let at = inner.store.snapshot();
+            let here: BTreeSet<Digest> = inner
+                .content
+                .list()?
+                .into_iter()
+                .map(|(digest, _)| digest)
+                .collect();
+            let wanted = blobs_in_use(&at);
+            let mut inventory = ImageInventory {
+                orphan_blobs: here.difference(&wanted).cloned().collect(),
+                partial_blobs: inner.content.list_partial()?,
+                ..ImageInventory::default()
+            };
+            for image in at.all::<Image>() {
+                let blobs = blobs_of(&image).filter(|digest| !here.contains(digest));
+                inventory
+                    .missing_blobs
+                    .extend(blobs.map(|digest| (image.id.clone(), digest.clone())));
+                let is_here = |id: &Digest| {
+                    at.get::<Layer>(id.as_str())
+                        .is_some_and(|layer| inner.rootfs.has_layer(&layer))
+                };
+                let layers = image.layers.iter().filter(|diff_id| !is_here(diff_id));
+                inventory
+                    .missing_layers
+                    .extend(layers.map(|diff_id| (image.id.clone(), diff_id.clone())));
+            }
+            Ok(inventory)
+        })
+        .await
+    }
+
     /// Returns what images take on disk, from memory.
     pub fn fs_usage(&self, at: &Snapshot) -> ImageFsUsage {
         let layers = self.inner.rootfs.fs_usage();
@@ -319,9 +373,14 @@ fn move_tag(at: &Snapshot, name: &str, id: &ImageId, face: Face) -> Changes {
 fn blobs_in_use(at: &Snapshot) -> BTreeSet<Digest> {
     let mut wanted = BTreeSet::new();
     for image in at.all::<Image>() {
-        wanted.insert(image.id.0.clone());
-        wanted.extend(image.manifests.keys().cloned());
-        wanted.extend(image.blobs.iter().cloned());
+        wanted.extend(blobs_of(&image).cloned());
     }
     wanted
+}
+
+/// Complete blobs that `image` needs.
+fn blobs_of(image: &Image) -> impl Iterator<Item = &Digest> {
+    std::iter::once(&image.id.0)
+        .chain(image.manifests.keys())
+        .chain(&image.blobs)
 }

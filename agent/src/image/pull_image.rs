@@ -568,7 +568,7 @@ impl LayerFetch<'_> {
         let (chunks, incoming) = mpsc::channel(CHUNKS);
         let cancelled = Arc::new(AtomicBool::new(false));
         let _cancel = CancelOnDrop(Arc::clone(&cancelled));
-        let (begun, mut has_begun) = watch::channel(offset > 0 || size_bytes == 0);
+        let (begun, mut has_begun) = watch::channel(offset == size_bytes);
         let fetch = async {
             // Its end tells the unpacker that nothing more comes.
             let (chunks, begun) = (chunks, begun);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::error::ImageError;
 use super::image::Image;
-use super::{Holders, Images, Inner, blobs_in_use, find};
+use super::{Holders, Images, Inner, blobs_in_use, blobs_of, find};
 use crate::blocking;
 use crate::event::{EventDraft, EventKind};
 use crate::id::{Digest, Face, ImageId};
@@ -194,10 +194,11 @@ pub(super) async fn drop_images(
     let wanted = blobs_in_use(&after);
     let mut blobs = BTreeSet::new();
     for image in images {
-        let own = std::iter::once(&image.id.0)
-            .chain(image.manifests.keys())
-            .chain(&image.blobs);
-        blobs.extend(own.filter(|digest| !wanted.contains(digest)).cloned());
+        blobs.extend(
+            blobs_of(image)
+                .filter(|digest| !wanted.contains(digest))
+                .cloned(),
+        );
     }
     // Blobs go under the lock: a pull of the same image writes them under it.
     let (content, leaving) = (Arc::clone(&inner.content), blobs.clone());

@@ -255,3 +255,34 @@ async fn docker_registry_over_tls_needs_its_authority() {
     let error = node.pull(&reference).wait().await.unwrap_err();
     assert!(error.to_string().contains("/nonexistent.pem"), "{error}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_tool_pushes_is_pulled() {
+    let Some(registry) = DockerRegistry::start(false).await else {
+        return;
+    };
+    let test = image(&[
+        (tar(&[("etc/a", b"one")]), Gzip),
+        (tar(&[("etc/b", &noise(11, 100_000))]), Gzip),
+    ]);
+    registry.push("oci", "1", &test).await;
+    // Skopeo rewrites the manifest in docker's types.
+    let place = |rest: &str| format!("docker://127.0.0.1:{}/{rest}", registry.port);
+    let copied = Command::new("skopeo")
+        .args(["--insecure-policy", "copy", "--quiet", "--format", "v2s2"])
+        .args(["--src-tls-verify=false", "--dest-tls-verify=false"])
+        .args([place("oci:1"), place("docker:2")])
+        .output();
+    let Ok(copied) = copied else {
+        eprintln!("skipped: skopeo is not installed");
+        return;
+    };
+    let said = String::from_utf8_lossy(&copied.stderr);
+    assert!(copied.status.success(), "{said}");
+    let node = Node::new();
+    let reference = registry.reference("docker:2");
+    node.pull(&reference).wait().await.unwrap();
+    let read = |path| node.read(&reference.to_string(), path).unwrap();
+    assert_eq!(read("etc/a"), b"one");
+    assert_eq!(read("etc/b"), noise(11, 100_000));
+}

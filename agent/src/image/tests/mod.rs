@@ -31,10 +31,17 @@ const NOBODY: Holders<'static> = Holders {
     layers: &|_| HashSet::new(),
 };
 
-/// Impatient, so that tests of failures are short.
-fn quick() -> ImageChapterConfig {
+/// For registries that go silent on purpose.
+fn impatient() -> ImageChapterConfig {
     ImageChapterConfig {
         stall_timeout: Duration::from_millis(400),
+        ..quick()
+    }
+}
+
+/// Little back-off, so that tests of failures are short.
+fn quick() -> ImageChapterConfig {
+    ImageChapterConfig {
         first_backoff: Duration::from_millis(5),
         attempts: 3,
         ..ImageChapterConfig::default()
@@ -345,7 +352,7 @@ async fn shared_layers_are_fetched_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn equal_pulls_join_and_others_share_the_unpacking() {
-    let (fake, node) = (Fake::start().await, Node::new());
+    let (fake, node) = (Fake::start().await, Node::with(impatient()));
     let test = image(&[(tar(&[("f", &noise(2, 200_000))]), Gzip)]);
     fake.put("1", &test);
     fake.put("2", &test);
@@ -374,13 +381,7 @@ async fn equal_pulls_join_and_others_share_the_unpacking() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pull_ends_with_its_last_waiter_and_resumes_by_range() {
-    let (fake, node) = (
-        Fake::start().await,
-        Node::with(ImageChapterConfig {
-            stall_timeout: Duration::from_secs(60),
-            ..quick()
-        }),
-    );
+    let (fake, node) = (Fake::start().await, Node::new());
     let test = image(&[(tar(&[("f", &noise(3, 400_000))]), Gzip)]);
     fake.put("1", &test);
     let layer = Bytes::from(test.layers[0].clone());
@@ -487,8 +488,15 @@ async fn a_lost_layer_directory_is_repaired_by_the_next_pull() {
     let at = node.store.snapshot();
     let lost = at.all::<Layer>().next().unwrap();
     node.rootfs.remove_layer(lost.dir).unwrap();
+    let id = node.image(&reference.to_string()).unwrap().id.clone();
+    let found = node.images.inventory().await.unwrap();
+    assert_eq!(found.missing_layers, [(id, lost.diff_id.clone())]);
     node.pull(&reference).wait().await.unwrap();
     assert_eq!(node.read(&reference.to_string(), "etc/b").unwrap(), b"two");
+    assert_eq!(
+        node.images.inventory().await.unwrap(),
+        ImageInventory::default()
+    );
     assert!(node.is_clean());
 }
 

@@ -427,7 +427,7 @@ async fn broken_streams_go_on_by_range() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_registry_is_an_error_with_its_limit() {
-    let (fake, node) = (Fake::start().await, Node::new());
+    let (fake, node) = (Fake::start().await, Node::with(impatient()));
     let test = image(&[(tar(&[("f", &noise(6, 100_000))]), Gzip)]);
     fake.put("1", &test);
     let layer = Bytes::from(test.layers[0].clone());
@@ -443,7 +443,7 @@ async fn a_silent_registry_is_an_error_with_its_limit() {
         .unwrap_err();
     match &*error {
         ImageError::Stalled { host, what, after } => {
-            assert_eq!((host, *after), (&fake.host, quick().stall_timeout));
+            assert_eq!((host, *after), (&fake.host, impatient().stall_timeout));
             assert!(what.starts_with("layer sha256:"));
         }
         other => panic!("{other}"),
