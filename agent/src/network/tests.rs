@@ -562,6 +562,47 @@ fn a_failed_earlier_attempt_is_no_obstacle() {
 }
 
 #[test]
+fn many_attach_and_detach_at_once() {
+    let host = Host::new();
+    host.rebuild(&[]);
+    let before = host.space.state();
+    let all: Vec<_> = (0..16)
+        .map(|number| {
+            let port = 8000 + u16::try_from(number).unwrap();
+            let (id, plan) = host.plan(number, &[publish(None, port)]);
+            (Space::new(), id, plan)
+        })
+        .collect();
+    let each: Vec<_> = all
+        .iter()
+        .map(|(space, id, plan)| (space.path.clone(), id.clone(), plan.clone()))
+        .collect();
+    let (instance, nft) = (host.instance.clone(), Arc::clone(&host.nft));
+    let found = host.space.run(move || {
+        let on_each = |work: &(dyn Fn(&PathBuf, &SandboxId, &NetworkPlan) + Sync)| {
+            thread::scope(|scope| {
+                for (path, id, plan) in &each {
+                    scope.spawn(move || work(path, id, plan));
+                }
+            });
+        };
+        on_each(&|path, id, plan| {
+            bridge::attach(&instance, &nft, id, plan, path).unwrap();
+        });
+        let found = bridge::inventory(&instance, &nft).unwrap();
+        on_each(&|_, id, _| bridge::detach(&nft, id).unwrap());
+        found
+    });
+    assert_eq!((found.links.len(), found.ports.len()), (16, 32));
+    drop(all);
+    let start = Instant::now();
+    while !difference(&host.space.state(), &before).is_empty() && start.elapsed() < WAIT {
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(difference(&host.space.state(), &before), [""; 0]);
+}
+
+#[test]
 fn two_instances_live_side_by_side() {
     let host = Host::new();
     host.rebuild(&[]);
