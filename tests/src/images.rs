@@ -541,6 +541,17 @@ pub fn page_image() -> Result<Image> {
         .build())
 }
 
+/// What holds the namespaces of a pod for engines that need a process for it.
+pub fn pause_image() -> Result<Image> {
+    let layer = LayerBuilder::new()
+        .dir("bin")
+        .copy(&page_server()?, "bin/page-server")?
+        .build();
+    Ok(ImageBuilder::new(vec![layer])
+        .set("Entrypoint", json!(["/bin/page-server", "--pause"]))
+        .build())
+}
+
 /// The smallest image that is one: a text file.
 pub fn tiny(text: &str) -> Image {
     ImageBuilder::new(vec![LayerBuilder::new().file("text", 0o644, text).build()])

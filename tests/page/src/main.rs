@@ -1,5 +1,6 @@
 //! A page server for containers: `page-server [ADDRESS]` or `PAGE_ADDRESS`, by default `[::]:8080`.
-//! `page-server --fetch ADDRESS` is the other side, for places that have no client.
+//! `page-server --fetch ADDRESS` is the other side, for places that have no client;
+//! `page-server --pause` does nothing, for engines that need a process to hold a pod.
 //!
 //! Answers each `GET` with a page that names the host and counts the requests, logs one line per
 //! request on standard output, and ends with code 0 upon SIGTERM, which a process that is pid 1
@@ -26,6 +27,9 @@ fn main() -> ExitCode {
     if first.as_deref() == Some("--fetch") {
         return report("--fetch", fetch(&args.next().unwrap_or_default()));
     }
+    if first.as_deref() == Some("--pause") {
+        return report("--pause", pause());
+    }
     let address = first
         .or_else(|| env::var("PAGE_ADDRESS").ok())
         .unwrap_or_else(|| "[::]:8080".to_owned());
@@ -39,6 +43,14 @@ fn report(what: &str, result: io::Result<()>) -> ExitCode {
             eprintln!("page-server: {what}: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Does nothing until SIGTERM comes.
+fn pause() -> io::Result<()> {
+    end_on_sigterm()?;
+    loop {
+        thread::park();
     }
 }
 
