@@ -549,6 +549,23 @@ fn start_repairs_what_was_flushed_and_removes_what_is_nobodys() {
     drop(stale);
 }
 
+/// A reload of nftables.service flushes all tables.
+#[test]
+fn a_flushed_table_comes_back_with_the_next_port() {
+    let host = Host::new();
+    host.rebuild(&[]);
+    let one = host.sandbox(1, &[publish(None, 8080)]);
+    one.space.serve(80);
+    host.space.run(|| {
+        let output = Command::new("nft").args(["flush", "ruleset"]).output();
+        assert!(output.unwrap().status.success());
+    });
+    assert_eq!(host.space.ask("127.0.0.1:8080"), None);
+    let _two = host.sandbox(2, &[publish(None, 9090)]);
+    assert!(host.space.ask("127.0.0.1:8080").is_some());
+    assert_eq!(host.inventory().ports.len(), 4);
+}
+
 #[test]
 fn a_failed_earlier_attempt_is_no_obstacle() {
     let host = Host::new();

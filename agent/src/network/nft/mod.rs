@@ -27,6 +27,7 @@ mod map;
 mod rules;
 
 use std::{
+    collections::BTreeSet,
     io,
     net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -91,8 +92,16 @@ pub(super) struct Nft {
     table: String,
     /// Locked through a whole call: a dump would miss elements if another thread of ours changed
     /// a map meanwhile.
-    sockets: Mutex<Sockets>,
+    state: Mutex<State>,
     sweeper: Sweeper,
+}
+
+struct State {
+    sockets: Sockets,
+    /// What was asked for, so that it can be made again when another program has flushed it (a
+    /// reload of nftables.service does); the truth is the store's.
+    networks: Vec<RuleNetwork>,
+    published: BTreeSet<Published>,
 }
 
 /// Sockets that stay open: closing one waits until the kernel has freed what was deleted, which
@@ -114,10 +123,14 @@ impl Nft {
         Self {
             sweeper: Sweeper::new(&table),
             table,
-            sockets: Mutex::new(Sockets {
-                asking: NetlinkSocket::new(),
-                batches: None,
-                sequence: 1,
+            state: Mutex::new(State {
+                sockets: Sockets {
+                    asking: NetlinkSocket::new(),
+                    batches: None,
+                    sequence: 1,
+                },
+                networks: Vec::new(),
+                published: BTreeSet::new(),
             }),
         }
     }
@@ -128,69 +141,62 @@ impl Nft {
         networks: &[RuleNetwork],
         published: &[Published],
     ) -> Result<(), NetworkError> {
-        let mut sockets = self.lock();
-        let mut batch = Batch::new(&self.table, &sockets);
-        batch.replace_table();
-        for map in Map::ALL {
-            batch.new_map(map);
-        }
-        for chain in rules::chains() {
-            batch.new_chain(&chain);
-        }
-        for (chain, rule) in rules::rules(networks) {
-            batch.new_rule(chain, &rule);
-        }
-        batch.new_elements(published);
-        batch
-            .commit("rebuild", &mut sockets)
-            .map_err(missing_module)?;
-        let pools = networks.iter().flat_map(|network| {
-            let v4 = network.ipv4.map(IpNet::V4).into_iter();
-            v4.chain(network.ipv6.map(IpNet::V6))
-        });
-        self.sweeper.started(pools.collect());
-        Ok(())
+        let mut state = self.lock();
+        state.networks = networks.to_vec();
+        state.published = published.iter().cloned().collect();
+        self.replace(&mut state)
     }
 
-    /// Adds elements; those that exist already are fine.
+    /// Adds elements; those that exist already are fine. A table that was flushed comes back.
     pub(super) fn publish(&self, published: &[Published]) -> Result<(), NetworkError> {
         if published.is_empty() {
             return Ok(());
         }
-        let mut sockets = self.lock();
-        let mut batch = Batch::new(&self.table, &sockets);
+        let mut state = self.lock();
+        let mut batch = Batch::new(&self.table, &state.sockets);
         batch.new_elements(published);
-        batch.commit("publish", &mut sockets)?;
+        match batch.commit("publish", &mut state.sockets) {
+            Err(error) if error.errno() == Some(Errno::NOENT.raw_os_error()) => {
+                tracing::warn!(table = self.table, "flushed by another program, made again");
+                state.published.extend(published.iter().cloned());
+                self.replace(&mut state)?;
+            }
+            Err(error) => return Err(error),
+            Ok(()) => state.published.extend(published.iter().cloned()),
+        }
         self.sweeper.published(published);
         Ok(())
     }
 
     /// Removes all elements of a sandbox, and soon their flows; none is fine.
     pub(super) fn withdraw(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
-        let mut sockets = self.lock();
-        let mut gone = dump(&mut sockets.asking, &self.table)?;
+        let mut state = self.lock();
+        state
+            .published
+            .retain(|element| element.sandbox != *sandbox);
+        let mut gone = dump(&mut state.sockets.asking, &self.table)?;
         gone.retain(|element| element.sandbox == *sandbox);
         if gone.is_empty() {
             return Ok(());
         }
-        let mut batch = Batch::new(&self.table, &sockets);
+        let mut batch = Batch::new(&self.table, &state.sockets);
         batch.delete_elements(&gone);
-        batch.commit("withdraw", &mut sockets)?;
+        batch.commit("withdraw", &mut state.sockets)?;
         self.sweeper.withdrawn(&gone);
         Ok(())
     }
 
     /// All elements.
     pub(super) fn published(&self) -> Result<Vec<Published>, NetworkError> {
-        dump(&mut self.lock().asking, &self.table)
+        dump(&mut self.lock().sockets.asking, &self.table)
     }
 
     /// Removes the table; not there is fine.
     pub(super) fn remove(&self) -> Result<(), NetworkError> {
-        let mut sockets = self.lock();
-        let mut batch = Batch::new(&self.table, &sockets);
+        let mut state = self.lock();
+        let mut batch = Batch::new(&self.table, &state.sockets);
         batch.delete_table();
-        batch.commit("remove", &mut sockets)
+        batch.commit("remove", &mut state.sockets)
     }
 
     /// Chains of other tables in the forward hook whose policy is to drop.
@@ -198,8 +204,8 @@ impl Nft {
         const FORWARD: u32 = 2;
         let failed = |error: io::Error| NetworkError::kernel("NFT_MSG_GETCHAIN", "all", error);
         let request = Request::new().op_getchain_dump(&header(family::UNSPEC));
-        let mut sockets = self.lock();
-        let mut replies = sockets.asking.request(&request).map_err(failed)?;
+        let mut state = self.lock();
+        let mut replies = state.sockets.asking.request(&request).map_err(failed)?;
         let mut found = Vec::new();
         while let Some(reply) = replies.recv() {
             let (header, chain) = reply.map_err(|error| failed(error.into()))?;
@@ -225,8 +231,33 @@ impl Nft {
         Ok(found)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Sockets> {
-        self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
+    fn replace(&self, state: &mut State) -> Result<(), NetworkError> {
+        let mut batch = Batch::new(&self.table, &state.sockets);
+        batch.replace_table();
+        for map in Map::ALL {
+            batch.new_map(map);
+        }
+        for chain in rules::chains() {
+            batch.new_chain(&chain);
+        }
+        for (chain, rule) in rules::rules(&state.networks) {
+            batch.new_rule(chain, &rule);
+        }
+        let published: Vec<_> = state.published.iter().cloned().collect();
+        batch.new_elements(&published);
+        batch
+            .commit("rebuild", &mut state.sockets)
+            .map_err(missing_module)?;
+        let pools = state.networks.iter().flat_map(|network| {
+            let v4 = network.ipv4.map(IpNet::V4).into_iter();
+            v4.chain(network.ipv6.map(IpNet::V6))
+        });
+        self.sweeper.started(pools.collect());
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
