@@ -63,7 +63,9 @@ impl Header {
 
     /// Decodes a header; `None` when the kind is unknown, the length too large or a flag is set.
     pub fn decode(bytes: [u8; HEADER_BYTES]) -> Option<Self> {
-        let word = |at: usize| u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let word = |at: usize| {
+            u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
         let kind = match bytes[8] {
             1 => FrameKind::Request,
             2 => FrameKind::Reply,

@@ -69,3 +69,18 @@ pub fn exit_now(code: i32) -> ! {
     // SAFETY: `_exit` takes a number and does not return.
     unsafe { libc::_exit(code) }
 }
+
+/// Plain fork(2), which keeps the C library's view of the child right; the child's pid, or `None`
+/// in the child.
+///
+/// # Safety
+/// The calling process has one thread.
+///
+/// # Errors
+/// What fork(2) answers.
+pub unsafe fn fork_plain() -> io::Result<Option<i32>> {
+    // SAFETY: with one thread, fork leaves no lock held in the child.
+    let pid = unsafe { libc::fork() };
+    check(libc::c_long::from(pid))?;
+    Ok((pid != 0).then_some(pid))
+}

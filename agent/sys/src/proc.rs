@@ -201,3 +201,33 @@ pub fn bound_heap_arenas(arenas: i32) {
         libc::mallopt(libc::M_ARENA_MAX, arenas);
     }
 }
+
+/// Children that end vanish without being waited for.
+pub fn ignore_children() {
+    // SAFETY: SIG_IGN installs no code.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// This signal comes when the parent's thread that made this process ends.
+///
+/// # Errors
+/// What prctl(2) answers.
+pub fn set_parent_death_signal(signal: i32) -> io::Result<()> {
+    prctl(
+        libc::PR_SET_PDEATHSIG,
+        libc::c_ulong::from(signal.unsigned_abs()),
+    )
+}
+
+/// Puts the calling thread into a pid namespace as far as its future children are concerned.
+///
+/// # Errors
+/// What setns(2) answers.
+pub fn set_children_pid_namespace(namespace: impl std::os::fd::AsFd) -> io::Result<()> {
+    use rustix::thread::LinkNameSpaceType;
+    rustix::thread::move_into_link_name_space(
+        namespace.as_fd(),
+        Some(LinkNameSpaceType::ProcessID),
+    )?;
+    Ok(())
+}

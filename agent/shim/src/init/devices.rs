@@ -1,0 +1,99 @@
+//! Device nodes and the links that programs expect below `/dev`.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use longshore_sys::mount;
+use longshore_sys::path::{self, Missing};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Uid};
+use rustix::io::Errno;
+
+use super::{Step, at, resolve, root};
+use crate::wire::{ContainerPlan, Device};
+
+/// Links below `/dev`. Source: OCI runtime specification, "Default devices"; Linux's devices.txt.
+const LINKS: [(&str, &str); 5] = [
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+    ("pts/ptmx", "/dev/ptmx"),
+];
+
+/// Makes nodes and links.
+pub(super) fn make(plan: &ContainerPlan, root: &OwnedFd) -> Step<()> {
+    for device in &plan.devices {
+        at(make_node(device, root), || format!("mknod {}", device.path))?;
+    }
+    for (target, link) in LINKS {
+        at(make_link(target, link, root), || format!("symlink {link}"))?;
+    }
+    if root::exists("/proc/kcore") {
+        at(make_link("/proc/kcore", "/dev/core", root), || {
+            "symlink /dev/core".into()
+        })?;
+    }
+    Ok(())
+}
+
+fn make_node(device: &Device, root: &OwnedFd) -> io::Result<()> {
+    let (parent, name) = path::parent_in_root(root, Path::new(&device.path))?;
+    let kind = if device.block {
+        FileType::BlockDevice
+    } else {
+        FileType::CharacterDevice
+    };
+    let number = rustix::fs::makedev(device.major, device.minor);
+    let mode = Mode::from_bits_truncate(device.mode);
+    match rustix::fs::mknodat(&parent, &name, kind, mode, number) {
+        Ok(()) => {}
+        Err(Errno::EXIST) if is_device(&parent, &name, kind, number)? => {}
+        Err(Errno::EXIST) => {
+            rustix::fs::unlinkat(&parent, &name, AtFlags::empty())?;
+            rustix::fs::mknodat(&parent, &name, kind, mode, number)?;
+        }
+        Err(Errno::PERM) => return bind_host_node(device, root, kind, number),
+        Err(error) => return Err(error.into()),
+    }
+    rustix::fs::chownat(
+        &parent,
+        &name,
+        Some(Uid::from_raw(device.uid)),
+        Some(Gid::from_raw(device.gid)),
+        AtFlags::SYMLINK_NOFOLLOW,
+    )?;
+    // After chown, which may clear bits. Not a link: it is the node that was just looked at, in a
+    // directory that no container's process sees yet.
+    Ok(rustix::fs::chmodat(&parent, &name, mode, AtFlags::empty())?)
+}
+
+fn is_device(parent: &OwnedFd, name: &OsStr, kind: FileType, number: u64) -> io::Result<bool> {
+    let found = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    Ok(FileType::from_raw_mode(found.st_mode) == kind && found.st_rdev == number)
+}
+
+/// Where nodes may not be made (a user namespace), the host's own is bound, if it is the same.
+fn bind_host_node(device: &Device, root: &OwnedFd, kind: FileType, number: u64) -> io::Result<()> {
+    let tree = mount::clone_tree(CWD, &device.path, false)?;
+    let found = rustix::fs::fstat(&tree)?;
+    if FileType::from_raw_mode(found.st_mode) != kind || found.st_rdev != number {
+        return Err(Errno::NODEV.into());
+    }
+    mount::attach(
+        &tree,
+        resolve(root, &device.path, Missing::MakeFile(0o666))?,
+    )
+}
+
+/// Replaces whatever is there, but a directory, which stays.
+fn make_link(target: &str, link: &str, root: &OwnedFd) -> io::Result<()> {
+    let (parent, name) = path::parent_in_root(root, Path::new(link))?;
+    match rustix::fs::unlinkat(&parent, &name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(Errno::ISDIR | Errno::BUSY) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(rustix::fs::symlinkat(target, &parent, &name)?)
+}
