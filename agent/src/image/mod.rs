@@ -63,6 +63,8 @@ use crate::store::{Changes, Snapshot, Store};
 
 /// Shortest text that is taken for the beginning of an id, in hexadecimal digits.
 const ID_PREFIX_MIN: usize = 3;
+/// Layers of all pulls that are unpacked at once.
+const UNPACKERS_MAX: usize = 6;
 const AMBIGUOUS_MATCHES_MAX: usize = 10;
 
 /// The images of this node; clones share it.
@@ -82,6 +84,9 @@ struct Inner {
     planning: tokio::sync::Mutex<()>,
     leases: Leases,
     unpacking: Unpacking,
+    /// Fewer than the bulk lane has places: registries that stop in the middle of a layer must not
+    /// keep removals and commits out of it.
+    unpackers: tokio::sync::Semaphore,
     pulls: Mutex<HashMap<PullKey, Weak<Running>>>,
 }
 
@@ -143,6 +148,7 @@ impl Images {
             planning: tokio::sync::Mutex::default(),
             leases: Leases::default(),
             unpacking: Unpacking::default(),
+            unpackers: tokio::sync::Semaphore::new(UNPACKERS_MAX),
             pulls: Mutex::default(),
         };
         Ok(Images {

@@ -597,6 +597,8 @@ impl LayerFetch<'_> {
                 if has_begun.wait_for(|begun| *begun).await.is_err() {
                     return Err(ImageError::Cancelled);
                 }
+                let place = self.inner.unpackers.acquire().await;
+                let _place = place.map_err(|_| ImageError::Cancelled)?;
                 blocking::run_bulk("unpack layer", work).await
             }
         };

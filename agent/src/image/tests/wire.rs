@@ -450,3 +450,48 @@ async fn a_silent_registry_is_an_error_with_its_limit() {
     }
     assert!(node.is_clean());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_registries_hold_up_no_other_pull_and_no_removal() {
+    let (silent, fake, node) = (Fake::start().await, Fake::start().await, Node::new());
+    let layers: Vec<_> = (0..12)
+        .map(|n| (tar(&[("f", &noise(20 + n, 100_000))]), Gzip))
+        .collect();
+    let test = image(&layers);
+    silent.put("1", &test);
+    let lengths: Vec<usize> = test.layers.iter().map(Vec::len).collect();
+    let paths: Vec<String> = test
+        .layers
+        .iter()
+        .map(|layer| Digest::of(layer).to_string())
+        .collect();
+    silent.hook(move |seen| {
+        let n = paths.iter().position(|path| seen.path.ends_with(path))?;
+        Some(broken_after(Bytes::new(), lengths[n], Then::Hang))
+    });
+    let held: Vec<Pull> = (0..3)
+        .map(|n| node.pull(&silent.reference(&format!("app{n}:1"))))
+        .collect();
+    node.until("three pulls hang", |node| {
+        let fetching = |pull: &RunningPull| pull.progress.stage == PullStage::Fetching;
+        node.images
+            .running_pulls()
+            .iter()
+            .filter(|pull| fetching(pull))
+            .count()
+            == 3
+    })
+    .await;
+    fake.put("1", &small());
+    let reference = fake.reference("app:1");
+    let limit = Duration::from_secs(30);
+    tokio::time::timeout(limit, node.pull(&reference).wait())
+        .await
+        .unwrap()
+        .unwrap();
+    tokio::time::timeout(limit, node.remove(&reference.to_string()))
+        .await
+        .unwrap();
+    drop(held);
+    node.until("all is cleaned up", Node::is_clean).await;
+}
