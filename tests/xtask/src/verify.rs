@@ -103,9 +103,9 @@ fn checks(workspace: &Workspace, skipped: &mut Skipped) -> Step {
     if packages::find("cargo-deny").is_some() {
         workspace
             .cargo("deny")
-            .args(["--offline", "--workspace", "check", "--config"])
+            .args(["--offline", "--workspace", "--config"])
             .arg(workspace.root.join(".deny.toml"))
-            .args(["bans", "licenses", "sources"])
+            .args(["check", "bans", "licenses", "sources"])
             .check()?;
     } else {
         skipped.add(
