@@ -34,7 +34,7 @@ pub(super) fn mounts(input: &SpecInput<'_>) -> Result<Vec<Mount>, SpecError> {
         .chain(files(input))
         .filter(|usual| {
             let target = usual.destination();
-            !is_wished(target) && !(own_dev && target.starts_with("/dev"))
+            !(is_wished(target) || own_dev && target.starts_with("/dev"))
         })
         .collect();
     all.extend(wished);
