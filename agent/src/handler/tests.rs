@@ -182,8 +182,21 @@ impl Node {
     }
 }
 
+impl Drop for Node {
+    /// What a failed test leaves.
+    fn drop(&mut self) {
+        let sandboxes = self.dir.path().join("sandboxes");
+        for (sandbox, _) in shim::running(&sandboxes) {
+            let _ = shim::kill(&sandbox, &sandboxes.join(sandbox.as_str()));
+        }
+        let _ = self.cgroups.remove(&self.cgroups.root().clone());
+    }
+}
+
+/// A process that ended may wait for whoever adopted it to take note.
 fn runs(pid: i32) -> bool {
-    Path::new(&format!("/proc/{pid}")).exists()
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat.contains(") Z ") && !stat.contains(") X "))
 }
 
 fn process(args: Value) -> Value {
