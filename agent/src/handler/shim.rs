@@ -8,7 +8,8 @@
 //! ```
 //! Frames are written whole by one task, so that a caller that gives up leaves no half frame.
 //! When the connection breaks, the reader task looks whether the process is gone, and connects
-//! anew if it is not: only then is the shim reported lost.
+//! anew if it is not: only if that fails too is the shim reported lost. A shim serves the newest
+//! of its agents; one that was replaced does not fight for its place.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -57,6 +58,10 @@ const SLOW: Duration = Duration::from_secs(120);
 const SHUTDOWN: Duration = Duration::from_secs(15);
 /// Between the shim's closing words, or SIGKILL, and its end.
 const GOING: Duration = Duration::from_secs(5);
+/// Between the end of a connection and that of the process, if the one is for the other.
+const CUT_OFF: Duration = Duration::from_millis(500);
+/// A connection made again that is closed within this time was taken over by another agent.
+const TAKEN_OVER: Duration = Duration::from_secs(10);
 /// Attempts to connect again to a shim that runs.
 const REDIALS: u32 = 5;
 /// Frames waiting to be written.
@@ -433,13 +438,17 @@ impl Shim {
         let asked = self
             .request(Ask::Shutdown(wire::Empty {}), Vec::new())
             .await;
-        if let Err(error @ HandlerError::ShimSilent { .. }) = asked {
-            warn!(sandbox_id = %self.sandbox, %error, "shim will be killed");
-            return false;
-        }
-        // An answer that was cut off by its end is an answer.
-        let gone = blocking::run("wait for shim", move || wait_gone(&self.process, GOING)).await;
-        gone.unwrap_or(false)
+        let patience = match asked {
+            Ok(_) => GOING,
+            Err(error @ HandlerError::ShimSilent { .. }) => {
+                warn!(sandbox_id = %self.sandbox, %error, "shim will be killed");
+                return false;
+            }
+            // Its end may have cut off the answer; it is gone at once then.
+            Err(_) => CUT_OFF,
+        };
+        let wait = move || wait_gone(&self.process, patience);
+        blocking::run("wait for shim", wait).await.unwrap_or(false)
     }
 
     async fn request(
@@ -588,6 +597,7 @@ impl Drop for Forget<'_> {
 /// Reads from a shim until it is gone. Holds no strong reference while it waits: a shim that the
 /// handler forgot closes.
 async fn watch(shim: Weak<Shim>, mut reader: Reader) {
+    let mut redialled_at: Option<Instant> = None;
     loop {
         let broke = loop {
             match reader.0.next().await {
@@ -606,8 +616,16 @@ async fn watch(shim: Weak<Shim>, mut reader: Reader) {
             return;
         }
         debug!(sandbox_id = %shim.sandbox, reason = %broke, "connection to shim broke");
+        let was_short = redialled_at.is_some_and(|at| at.elapsed() < TAKEN_OVER);
+        if was_short && !wait_gone(&shim.process, Duration::ZERO).unwrap_or(false) {
+            warn!(sandbox_id = %shim.sandbox, "another agent has taken over the shim");
+            return;
+        }
         match redial(&shim).await {
-            Redialled::Connected(again) => reader = again,
+            Redialled::Connected(again) => {
+                redialled_at = Some(Instant::now());
+                reader = again;
+            }
             Redialled::Lost { process_gone } => {
                 if !shim.closing.load(Ordering::Acquire) {
                     shim.report(ShimNews::Lost { process_gone });

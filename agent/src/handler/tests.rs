@@ -388,9 +388,16 @@ async fn an_exec_and_all_that_it_started_end_at_its_deadline_or_by_wish() {
         .await
         .expect("all of it is dead");
 
+    // A process gives up its descriptors a moment before its cgroup.
     let cgroup = node.cgroup(&pod, &id);
-    let cgroups = node.cgroups.clone();
-    assert_eq!(cgroups.processes(&cgroup).expect("readable").len(), 1);
+    let only_the_first = async {
+        while node.cgroups.processes(&cgroup).expect("readable").len() > 1 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(PATIENCE, only_the_first)
+        .await
+        .expect("the container's own process is left");
     node.end([pod]).await;
 }
 
@@ -501,40 +508,75 @@ async fn a_shim_that_dies_is_reported_and_its_requests_fail() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_agent_finds_the_pod_and_ends_it_by_id_alone() {
-    let Some(node) = Node::new("another_agent") else {
+    let Some(mut node) = Node::new("another_agent") else {
         return;
     };
     let pod = node.pod().await;
     let hung = node.pod().await;
     let id = node.run(&pod, json!(["sleep", "1000"])).await;
-    let second = Node::handler(&node.shim, &node.cgroups);
+    // The first agent dies.
+    node.handler = Node::handler(&node.shim, &node.cgroups);
     let sandboxes = node.dir.path().join("sandboxes");
-    let mut listed = second.inventory(&sandboxes).await;
+    let mut listed = node.handler.inventory(&sandboxes).await;
     listed.sort();
     let mut expected = vec![(pod.id.clone(), pod.pid), (hung.id.clone(), hung.pid)];
     expected.sort();
     assert_eq!(listed, expected);
 
-    let welcome = Handler::reconnect(&*second, &pod.id, &pod.dir)
+    let welcome = Handler::reconnect(&*node.handler, &pod.id, &pod.dir)
         .await
         .expect("the shim answers");
     assert_eq!(welcome.containers[0].container_id, id.to_string());
     assert!(welcome.containers[0].started);
-    second.signal(&pod.id, &id, 9).await.expect("it is known");
+    node.handler
+        .signal(&pod.id, &id, 9)
+        .await
+        .expect("it is known");
 
     // A shim whose socket is gone is found by its command line.
     fs::remove_file(hung.dir.join("shim.sock")).expect("it was there");
-    let third = Node::handler(&node.shim, &node.cgroups);
-    Handler::end_pod(&*third, &hung.id, &hung.dir)
-        .await
-        .expect("killed");
-    assert!(!runs(hung.pid));
-    Handler::end_pod(&*third, &hung.id, &hung.dir)
-        .await
-        .expect("ended twice");
-    Handler::end_pod(&*second, &pod.id, &pod.dir)
+    for attempt in ["killed", "ended twice"] {
+        Handler::end_pod(&*node.handler, &hung.id, &hung.dir)
+            .await
+            .expect(attempt);
+        assert!(!runs(hung.pid));
+    }
+
+    // One that was never connected to is asked to end.
+    node.handler = Node::handler(&node.shim, &node.cgroups);
+    Handler::end_pod(&*node.handler, &pod.id, &pod.dir)
         .await
         .expect("ended");
+    node.end([pod]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_do_not_fight_for_a_shim() {
+    let Some(node) = Node::new("agents_do_not_fight") else {
+        return;
+    };
+    let pod = node.pod().await;
+    let second = Node::handler(&node.shim, &node.cgroups);
+    Handler::reconnect(&*second, &pod.id, &pod.dir)
+        .await
+        .expect("the shim answers");
+    // Whoever lost its place tries once, and then one of them has it for good.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let other = SandboxId::random();
+    let nobody = ContainerId::random();
+    let mut served = 0;
+    for handler in [&node.handler, &second] {
+        for _ in 0..3 {
+            match handler.signal(&pod.id, &nobody, 1).await {
+                Err(HandlerError::UnknownContainer { .. }) => served += 1,
+                Err(HandlerError::ShimLost { .. }) => {}
+                answer => panic!("{answer:?}"),
+            }
+        }
+    }
+    assert_eq!(served, 3, "exactly one is served");
+    let unconnected = node.handler.signal(&other, &nobody, 1).await;
+    assert!(matches!(unconnected, Err(HandlerError::ShimLost { .. })));
     node.end([pod]).await;
 }
 
