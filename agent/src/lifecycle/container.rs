@@ -415,7 +415,10 @@ impl Container {
 
     /// The claim that makes its name unique in its sandbox.
     pub fn name_claim(sandbox: &SandboxId, name: &str, attempt: u32) -> String {
-        format!("container-name/{sandbox}/{}", serde_json::json!([name, attempt]))
+        format!(
+            "container-name/{sandbox}/{}",
+            serde_json::json!([name, attempt])
+        )
     }
 
     /// The claim that keeps a layer while this container, or its making, lives.

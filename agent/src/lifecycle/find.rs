@@ -13,15 +13,27 @@ impl Lifecycle {
     ///
     /// # Errors
     /// `NotFound`, `Ambiguous`.
-    pub fn find_sandbox(&self, at: &Snapshot, face: Face, id: &str) -> Result<Arc<Sandbox>, LifecycleError> {
-        unique(at, "sandbox", id, |sandbox: &Sandbox| sees(face, sandbox.config.face))
+    pub fn find_sandbox(
+        &self,
+        at: &Snapshot,
+        face: Face,
+        id: &str,
+    ) -> Result<Arc<Sandbox>, LifecycleError> {
+        unique(at, "sandbox", id, |sandbox: &Sandbox| {
+            sees(face, sandbox.config.face)
+        })
     }
 
     /// The container with this id or unique prefix.
     ///
     /// # Errors
     /// `NotFound`, `Ambiguous`.
-    pub fn find_container(&self, at: &Snapshot, face: Face, id: &str) -> Result<Arc<Container>, LifecycleError> {
+    pub fn find_container(
+        &self,
+        at: &Snapshot,
+        face: Face,
+        id: &str,
+    ) -> Result<Arc<Container>, LifecycleError> {
         unique(at, "container", id, |container: &Container| {
             sees(face, container.config.face)
         })

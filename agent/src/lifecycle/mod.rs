@@ -25,7 +25,7 @@ mod exec_sync;
 mod exit;
 mod files;
 mod find;
-pub mod logs;
+mod held;
 mod recover;
 mod remove_container;
 mod remove_pod_sandbox;
@@ -47,7 +47,7 @@ use std::{
 
 use serde::Deserialize;
 
-pub use self::{error::LifecycleError, exec::ExecWish, exec_sync::ExecOutput};
+pub use self::{attach::AttachWish, error::LifecycleError, exec::ExecWish, exec_sync::ExecOutput};
 use crate::{
     cgroup::Cgroups,
     event::EventLog,
@@ -95,11 +95,11 @@ pub struct Lifecycle {
     /// Facts.
     pub events: EventLog,
     /// Images.
-    pub images: Arc<Images>,
+    pub images: Images,
     /// Layers and writable layers.
-    pub rootfs: Arc<Rootfs>,
+    pub rootfs: Rootfs,
     /// Networks.
-    pub networks: Arc<Networks>,
+    pub networks: Networks,
     /// Cgroups.
     pub cgroups: Arc<Cgroups>,
     /// The engine.
@@ -123,11 +123,11 @@ pub struct Parts {
     /// Running verbs.
     pub operations: Operations,
     /// Images.
-    pub images: Arc<Images>,
+    pub images: Images,
     /// Layers.
-    pub rootfs: Arc<Rootfs>,
+    pub rootfs: Rootfs,
     /// Networks.
-    pub networks: Arc<Networks>,
+    pub networks: Networks,
     /// Cgroups.
     pub cgroups: Arc<Cgroups>,
     /// The engine.

@@ -120,7 +120,7 @@ pub trait Operation: Serialize + DeserializeOwned + Clone + Send + Sync + 'stati
     fn apply(
         &self,
         step: Self::Step,
-        on: &Self::Domain,
+        on: &Arc<Self::Domain>,
         context: &Context,
     ) -> impl Future<Output = Result<Option<Self::Fact>, Self::Error>> + Send;
 
@@ -128,7 +128,7 @@ pub trait Operation: Serialize + DeserializeOwned + Clone + Send + Sync + 'stati
     fn undo(
         &self,
         step: Self::Step,
-        on: &Self::Domain,
+        on: &Arc<Self::Domain>,
     ) -> impl Future<Output = Result<(), Self::Error>> + Send;
 
     /// Records and events of the finished state, committed with the end of the intent.
@@ -290,6 +290,43 @@ impl Operations {
                 Some(entry) => drop(ended(entry.done).await),
                 None => return,
             }
+        }
+    }
+
+    /// Tells every operation whose subject begins with `prefix` to unwind, and waits for them.
+    pub async fn preempt(&self, prefix: &str) {
+        for entry in self.with_prefix(prefix) {
+            entry.cancel.cancel();
+            ended(entry.done).await;
+        }
+    }
+
+    /// Waits for every operation that runs now and whose subject begins with `prefix`.
+    pub async fn settled(&self, prefix: &str) {
+        for entry in self.with_prefix(prefix) {
+            ended(entry.done).await;
+        }
+    }
+
+    fn with_prefix(&self, prefix: &str) -> Vec<Entry> {
+        self.lock()
+            .running
+            .iter()
+            .filter(|(subject, _)| subject.0.starts_with(prefix))
+            .map(|(_, entry)| entry.clone())
+            .collect()
+    }
+
+    /// Waits while an operation of this name holds `subject`.
+    pub async fn wait_for_named(&self, subject: &Subject, name: &str) {
+        let entry = self
+            .lock()
+            .running
+            .get(subject)
+            .filter(|entry| entry.name == name)
+            .cloned();
+        if let Some(entry) = entry {
+            ended(entry.done).await;
         }
     }
 

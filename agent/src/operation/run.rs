@@ -311,7 +311,7 @@ fn entry<O: Operation>(key: super::OperationKey, id: OperationId) -> (Entry, Tas
 async fn apply<O: Operation>(
     operation: &O,
     step: O::Step,
-    on: &O::Domain,
+    on: &Arc<O::Domain>,
     context: &Context,
 ) -> Result<Option<O::Fact>, O::Error> {
     crash::point(O::NAME, &step, "before");
@@ -327,7 +327,7 @@ async fn apply<O: Operation>(
 }
 
 /// Undoes groups in reverse, going on past failures; true if all is undone.
-async fn undo<O: Operation>(operation: &O, on: &O::Domain, groups: usize) -> bool {
+async fn undo<O: Operation>(operation: &O, on: &Arc<O::Domain>, groups: usize) -> bool {
     let mut clean = true;
     for steps in O::STEPS[..groups].iter().rev() {
         for step in steps.iter().rev() {
@@ -443,7 +443,7 @@ mod tests {
         async fn apply(
             &self,
             step: Step,
-            on: &Host,
+            on: &Arc<Host>,
             context: &Context,
         ) -> Result<Option<String>, Broken> {
             on.note(format!("{step:?}"));
@@ -457,7 +457,7 @@ mod tests {
             Ok(Some(format!("{step:?}")))
         }
 
-        async fn undo(&self, step: Step, on: &Host) -> Result<(), Broken> {
+        async fn undo(&self, step: Step, on: &Arc<Host>) -> Result<(), Broken> {
             on.note(format!("undo {step:?}"));
             Ok(())
         }

@@ -1,1 +1,17 @@
-//! service.
+//! The edge: the one place that knows protobuf, gRPC and HTTP.
+//!
+//! ```text
+//!  RUN/longshore.sock, tcp:// --> layers (panics, trace) --> cri/     runtime.v1
+//!                                                        --> native/  longshore.v1
+//!                                                        --> health, reflection (v1, v1alpha)
+//! ```
+//! Each method is parse, call, render. Every domain error becomes a status in [`status`].
+
+mod cri;
+pub mod edge;
+mod native;
+mod server;
+pub mod status;
+pub mod streaming;
+
+pub use self::server::{ServeError, serve};

@@ -20,6 +20,8 @@ pub(super) struct Row {
     pub(super) id: String,
     /// The record and its JSON form; none deletes.
     pub(super) value: Option<(Arc<dyn Any + Send + Sync>, Vec<u8>)>,
+    /// Skipped when no record with this id is there.
+    pub(super) only_existing: bool,
 }
 
 pub(super) enum ClaimChange {
@@ -35,13 +37,23 @@ impl Changes {
     }
 
     /// Writes `record` in place of the one with its id.
-    pub fn put<R: Record>(mut self, record: R) -> Self {
+    pub fn put<R: Record>(self, record: R) -> Self {
+        self.write(record, false)
+    }
+
+    /// Writes `record` unless the one with its id was deleted meanwhile.
+    pub fn update<R: Record>(self, record: R) -> Self {
+        self.write(record, true)
+    }
+
+    fn write<R: Record>(mut self, record: R, only_existing: bool) -> Self {
         let json = serde_json::to_vec(&record)
             .expect("records have string keys and no failing serializer");
         self.rows.push(Row {
             table: R::TABLE,
             id: record.id(),
             value: Some((Arc::new(record), json)),
+            only_existing,
         });
         self
     }
@@ -52,6 +64,7 @@ impl Changes {
             table: R::TABLE,
             id: id.into(),
             value: None,
+            only_existing: false,
         });
         self
     }

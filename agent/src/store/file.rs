@@ -42,8 +42,14 @@ CREATE TABLE meta (key TEXT PRIMARY KEY NOT NULL, value INTEGER NOT NULL) WITHOU
 INSERT INTO meta VALUES ('epoch', 0);
 ";
 
-pub(super) fn open(path: &Path, tables: &Tables) -> Result<(Connection, State), StoreError> {
-    let connection = Connection::open(path).map_err(StoreError::sqlite("open the store"))?;
+/// Opens the file, or without a path a store that ends with its handle.
+pub(super) fn open(
+    path: Option<&Path>,
+    tables: &Tables,
+) -> Result<(Connection, State), StoreError> {
+    let connection = path
+        .map_or_else(Connection::open_in_memory, Connection::open)
+        .map_err(StoreError::sqlite("open the store"))?;
     let found: i64 = connection
         .query_row("PRAGMA user_version", [], |row| row.get(0))
         .map_err(StoreError::sqlite("read the schema version"))?;

@@ -61,7 +61,19 @@ impl Store {
     /// # Errors
     /// `Newer` for the file of a later release, `Damaged` for one that can't be read, `Io`.
     pub fn open(path: &Path, tables: Tables) -> Result<Self, StoreError> {
-        let (connection, state) = file::open(path, &tables)?;
+        Self::start(Some(path), &tables)
+    }
+
+    /// A store without a file, for looking at a host without leaving anything.
+    ///
+    /// # Errors
+    /// `Io` if SQLite does not start.
+    pub fn in_memory(tables: Tables) -> Result<Self, StoreError> {
+        Self::start(None, &tables)
+    }
+
+    fn start(path: Option<&Path>, tables: &Tables) -> Result<Self, StoreError> {
+        let (connection, state) = file::open(path, tables)?;
         let snapshot = Snapshot::new(state);
         let published = Arc::new(RwLock::new(snapshot.clone()));
         let (queue, inbox) = mpsc::sync_channel(QUEUE);

@@ -35,13 +35,13 @@ pub(super) struct Writer {
     snapshot: Snapshot,
     published: Arc<RwLock<Snapshot>>,
     commits: watch::Sender<u64>,
-    reserve: PathBuf,
+    reserve: Option<PathBuf>,
     synced: bool,
 }
 
 impl Writer {
     pub(super) fn new(
-        path: &Path,
+        path: Option<&Path>,
         connection: Connection,
         snapshot: Snapshot,
         published: Arc<RwLock<Snapshot>>,
@@ -52,7 +52,7 @@ impl Writer {
             snapshot,
             published,
             commits,
-            reserve: path.with_extension("reserve"),
+            reserve: path.map(|path| path.with_extension("reserve")),
             synced: true,
         };
         writer.keep_reserve();
@@ -79,7 +79,7 @@ impl Writer {
             changes.push(commit.changes);
         }
         let mut outcome = self.transact(&changes);
-        if matches!(outcome, Err(StoreError::Full)) && fs::remove_file(&self.reserve).is_ok() {
+        if matches!(outcome, Err(StoreError::Full)) && self.give_up_reserve() {
             tracing::warn!("the disk is full: the store gave up its reserve");
             outcome = self.transact(&changes);
             self.keep_reserve();
@@ -144,14 +144,21 @@ impl Writer {
         Ok(())
     }
 
+    fn give_up_reserve(&self) -> bool {
+        self.reserve
+            .as_ref()
+            .is_some_and(|path| fs::remove_file(path).is_ok())
+    }
+
     fn keep_reserve(&self) {
-        let kept = fs::metadata(&self.reserve).is_ok_and(|file| file.len() == RESERVE_BYTES as u64);
+        let Some(path) = &self.reserve else { return };
+        let kept = fs::metadata(path).is_ok_and(|file| file.len() == RESERVE_BYTES as u64);
         if !kept {
-            let written = File::create(&self.reserve)
-                .and_then(|mut file| file.write_all(&vec![0; RESERVE_BYTES]));
+            let written =
+                File::create(path).and_then(|mut file| file.write_all(&vec![0; RESERVE_BYTES]));
             if written.is_err() {
                 // A partial reserve is no use and takes the space that a commit may need.
-                let _ = fs::remove_file(&self.reserve);
+                let _ = fs::remove_file(path);
             }
         }
     }
@@ -202,6 +209,9 @@ fn apply(
 ) -> Result<(), rusqlite::Error> {
     for row in &changes.rows {
         let key = (row.table, row.id.clone());
+        if row.only_existing && !state.records.contains_key(&key) {
+            continue;
+        }
         if let Some((record, json)) = &row.value {
             file::put_record(connection, row.table, &row.id, json)?;
             state.records.insert(key, Arc::clone(record));

@@ -1,0 +1,160 @@
+//! Exec: one more process in a running container, connected to a client.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{
+    Lifecycle, LifecycleError,
+    container::{Container, UserWish},
+    session::{self, Kind, Session, SessionControl},
+    spec::{self, ExecProcess},
+    start_container::wrong_state,
+};
+use crate::{
+    blocking,
+    handler::{ExecRequest, Handler as _, Streams},
+    id::Face,
+};
+
+/// What to run. Everything that is not said equals the container's first process.
+#[derive(Clone, Debug, Default)]
+pub struct ExecWish {
+    /// Program and arguments; not empty.
+    pub command: Vec<String>,
+    /// On top of the container's.
+    pub env: Vec<(String, Vec<u8>)>,
+    /// None is the container's.
+    pub working_dir: Option<String>,
+    /// None is the container's.
+    pub user: Option<UserWish>,
+    /// On a terminal.
+    pub tty: bool,
+    /// With input.
+    pub stdin: bool,
+    /// Output is wanted.
+    pub stdout: bool,
+    /// Errors are wanted; a terminal has none of its own.
+    pub stderr: bool,
+    /// Size of the terminal: columns, rows.
+    pub size: Option<(u16, u16)>,
+    /// After which it and all that it started is killed.
+    pub timeout: Option<Duration>,
+}
+
+impl Lifecycle {
+    /// Runs a command in a running container.
+    ///
+    /// # Errors
+    /// `NotFound`; `State` unless it runs; `Spec`; `Handler` when it can't be executed.
+    pub async fn exec(
+        self: &Arc<Self>,
+        face: Face,
+        id: &str,
+        wish: ExecWish,
+    ) -> Result<Session, LifecycleError> {
+        let container = self.find_container(&self.store.snapshot(), face, id)?;
+        if !container.is_running() {
+            return Err(wrong_state(&container, "CONTAINER_RUNNING"));
+        }
+        self.exec_in(&container, wish).await
+    }
+
+    pub(super) async fn exec_in(
+        self: &Arc<Self>,
+        container: &Container,
+        wish: ExecWish,
+    ) -> Result<Session, LifecycleError> {
+        let user = match wish.user.clone() {
+            Some(user) => Some(self.exec_user(container, user).await?),
+            None => None,
+        };
+        let process = spec::exec_process(
+            &container.spec,
+            ExecProcess {
+                command: wish.command,
+                env: wish.env,
+                working_dir: wish.working_dir,
+                user,
+                tty: wish.tty,
+                size: wish.size,
+            },
+        )?;
+        let mut streams = Streams::default();
+        let (mut stdin, mut stdout, mut stderr) = (None, None, None);
+        if !wish.tty {
+            if wish.stdin {
+                let (theirs, ours) = session::input()?;
+                (streams.stdin, stdin) = (Some(theirs), Some(ours));
+            }
+            if wish.stdout {
+                let (theirs, ours) = session::output()?;
+                (streams.stdout, stdout) = (Some(theirs), Some(ours));
+            }
+            if wish.stderr {
+                let (theirs, ours) = session::output()?;
+                (streams.stderr, stderr) = (Some(theirs), Some(ours));
+            }
+        }
+        let env = spec::env_bytes(&process);
+        let exec = self
+            .handler
+            .exec(ExecRequest {
+                sandbox_id: container.sandbox_id.clone(),
+                container_id: container.id.clone(),
+                process,
+                env,
+                seccomp: container
+                    .spec
+                    .linux()
+                    .as_ref()
+                    .and_then(|linux| linux.seccomp().clone()),
+                cgroup: container.cgroup.clone(),
+                streams,
+                timeout: wish.timeout,
+            })
+            .await?;
+        let mut size = None;
+        if let Some(master) = exec.terminal {
+            let (input, output, fd) = session::terminal(master)?;
+            stdin = wish.stdin.then_some(input);
+            stdout = Some(output);
+            size = Some(fd);
+        }
+        let kind = Kind::Exec {
+            exec_id: exec.exec_id,
+            terminal: size,
+            exit: Some(exec.exit),
+        };
+        Ok(Session {
+            pid: Some(exec.pid),
+            tty: wish.tty,
+            stdin,
+            stdout,
+            stderr,
+            control: SessionControl::new(
+                Arc::clone(self),
+                container.sandbox_id.clone(),
+                container.id.clone(),
+                kind,
+            ),
+        })
+    }
+
+    async fn exec_user(
+        &self,
+        container: &Container,
+        wish: UserWish,
+    ) -> Result<super::container::User, LifecycleError> {
+        let (rootfs, layers) = (self.rootfs.clone(), container.layers.clone());
+        blocking::run("read users", move || {
+            let passwd = rootfs.read_file(&layers, "etc/passwd", 1 << 20)?;
+            let group = rootfs.read_file(&layers, "etc/group", 1 << 20)?;
+            Ok(spec::resolve_user(
+                &wish,
+                "",
+                passwd.as_deref(),
+                group.as_deref(),
+            )?)
+        })
+        .await
+    }
+}

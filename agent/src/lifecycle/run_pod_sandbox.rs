@@ -1,0 +1,255 @@
+//! RunPodSandbox: a cgroup, namespaces, a place in the network and a shim.
+
+use std::{net::IpAddr, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Lifecycle, LifecycleError, NATIVE_HANDLER, files,
+    sandbox::{Sandbox, SandboxConfig, SandboxState},
+};
+use crate::{
+    blocking,
+    cgroup::CgroupPath,
+    clock::Time,
+    event::{EventDraft, EventKind},
+    handler::Handler as _,
+    id::SandboxId,
+    network::{Attachment, Mode, NetworkPlan},
+    operation::{Context, OnRestart, Operation, OperationKey, Over, Subject},
+    store::{Changes, Snapshot},
+};
+
+impl Lifecycle {
+    /// Makes a sandbox and brings it up; an equal request under way is joined.
+    ///
+    /// # Errors
+    /// `UnknownHandler`, `NameTaken`, `Network` before any side effect; everything else with all
+    /// undone.
+    pub async fn run_pod_sandbox(
+        self: &Arc<Self>,
+        config: SandboxConfig,
+    ) -> Result<SandboxId, LifecycleError> {
+        if !["", NATIVE_HANDLER].contains(&config.handler.as_str()) {
+            return Err(LifecycleError::UnknownHandler {
+                name: config.handler,
+                known: vec![NATIVE_HANDLER.into()],
+            });
+        }
+        let run = RunPodSandbox {
+            id: SandboxId::random(),
+            config,
+            planned: None,
+        };
+        Ok(self.operations.run(run, Arc::clone(self)).await?)
+    }
+}
+
+/// The operation.
+#[derive(Clone, Serialize, Deserialize)]
+pub(super) struct RunPodSandbox {
+    id: SandboxId,
+    config: SandboxConfig,
+    planned: Option<Planned>,
+}
+
+/// What planning decided, before the intent was committed.
+#[derive(Clone, Serialize, Deserialize)]
+struct Planned {
+    cgroup: CgroupPath,
+    network: NetworkPlan,
+    hostname: String,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Step {
+    Cgroup,
+    Namespaces,
+    Attach,
+    Shim,
+}
+
+pub(super) enum Fact {
+    Attached(Attachment),
+    Shim(i32),
+}
+
+impl RunPodSandbox {
+    fn planned(&self) -> &Planned {
+        self.planned
+            .as_ref()
+            .expect("steps follow the intent, which plans")
+    }
+
+    fn hostname(&self) -> String {
+        if self.config.network.mode == Mode::Host {
+            rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned()
+        } else if self.config.hostname.is_empty() {
+            self.id.as_str()[..12].to_owned()
+        } else {
+            self.config.hostname.clone()
+        }
+    }
+
+    async fn create_files(&self, on: &Lifecycle) -> Result<(), LifecycleError> {
+        let dir = on.sandbox_dir(&self.id);
+        let config = self.config.clone();
+        let planned = self.planned();
+        let hostname = planned.hostname.clone();
+        let addresses: Vec<IpAddr> = planned
+            .network
+            .addresses
+            .iter()
+            .map(ipnet::IpNet::addr)
+            .collect();
+        blocking::run("create sandbox namespaces", move || {
+            if let Some(logs) = &config.log_directory {
+                files::make_dir(logs, 0o755)?;
+            }
+            files::create(&dir, &config, &hostname, &addresses)
+        })
+        .await
+    }
+}
+
+impl Operation for RunPodSandbox {
+    const NAME: &'static str = "run_pod_sandbox";
+    const ON_RESTART: OnRestart = OnRestart::Unwind;
+    type Step = Step;
+    const STEPS: &'static [&'static [Step]] = &[
+        &[Step::Cgroup, Step::Namespaces],
+        &[Step::Attach, Step::Shim],
+    ];
+    type Domain = Lifecycle;
+    type Fact = Fact;
+    type Output = SandboxId;
+    type Error = LifecycleError;
+
+    fn key(&self) -> OperationKey {
+        let config = serde_json::to_string(&self.config).expect("configurations have string keys");
+        OperationKey(config)
+    }
+
+    /// The name, not the new id: a retry of the same wish has another id.
+    fn subject(&self) -> Subject {
+        Subject(self.config.key.claim(self.config.face))
+    }
+
+    fn over(&self, _running: &str) -> Over {
+        Over::Wait
+    }
+
+    fn stands(&self, output: &SandboxId, at: &Snapshot) -> bool {
+        at.get::<Sandbox>(output.as_str())
+            .is_some_and(|sandbox| sandbox.is_ready())
+    }
+
+    fn intent(&mut self, at: &Snapshot, on: &Lifecycle) -> Result<Changes, LifecycleError> {
+        let name = self.config.key.claim(self.config.face);
+        if let Some(holder) = at.claim(&name) {
+            return Err(LifecycleError::NameTaken { name, holder });
+        }
+        let network = on.networks.plan(at, &self.id, &self.config.network)?;
+        let cgroup = on
+            .cgroups
+            .pod(self.config.cgroup_parent.as_deref(), &self.id)?;
+        let holder = Sandbox::holder(&self.id);
+        let changes = network
+            .claims()
+            .into_iter()
+            .fold(Changes::new().claim(name, &holder), |changes, key| {
+                changes.claim(key, &holder)
+            });
+        self.planned = Some(Planned {
+            cgroup,
+            network,
+            hostname: self.hostname(),
+        });
+        Ok(changes)
+    }
+
+    async fn apply(
+        &self,
+        step: Step,
+        on: &Arc<Lifecycle>,
+        _: &Context,
+    ) -> Result<Option<Fact>, LifecycleError> {
+        match step {
+            Step::Cgroup => {
+                let (cgroups, path) = (Arc::clone(&on.cgroups), self.planned().cgroup.clone());
+                blocking::run("create cgroup", move || cgroups.create(&path, None)).await?;
+                Ok(None)
+            }
+            Step::Namespaces => self.create_files(on).await.map(|()| None),
+            Step::Attach => {
+                if self.config.network.mode != Mode::Pod {
+                    return Ok(None);
+                }
+                let netns = files::namespace(&on.sandbox_dir(&self.id), "net");
+                let attachment = on
+                    .networks
+                    .attach(&self.id, &self.planned().network, &netns)
+                    .await?;
+                Ok(Some(Fact::Attached(attachment)))
+            }
+            Step::Shim => {
+                let pid = on
+                    .handler
+                    .start_pod(&self.id, &on.sandbox_dir(&self.id))
+                    .await?;
+                Ok(Some(Fact::Shim(pid)))
+            }
+        }
+    }
+
+    async fn undo(&self, step: Step, on: &Arc<Lifecycle>) -> Result<(), LifecycleError> {
+        let dir = on.sandbox_dir(&self.id);
+        match step {
+            Step::Shim => Ok(on.handler.end_pod(&self.id, &dir).await?),
+            Step::Attach => Ok(on.networks.detach(&self.id).await?),
+            Step::Namespaces => {
+                blocking::run("remove sandbox namespaces", move || files::remove(&dir)).await?;
+                on.settle(&self.id);
+                Ok(())
+            }
+            Step::Cgroup => {
+                let (cgroups, path) = (Arc::clone(&on.cgroups), self.planned().cgroup.clone());
+                Ok(blocking::run("remove cgroup", move || cgroups.remove(&path)).await?)
+            }
+        }
+    }
+
+    fn outcome(&self, facts: Vec<Fact>, _: &Snapshot) -> (Changes, SandboxId) {
+        let planned = self.planned();
+        let mut sandbox = Sandbox {
+            id: self.id.clone(),
+            config: self.config.clone(),
+            created_at: Time::now(),
+            cgroup: planned.cgroup.clone(),
+            plan: planned.network.clone(),
+            attachment: None,
+            shim_pid: 0,
+            state: SandboxState::Ready,
+        };
+        sandbox.config.hostname.clone_from(&planned.hostname);
+        for fact in facts {
+            match fact {
+                Fact::Attached(attachment) => sandbox.attachment = Some(attachment),
+                Fact::Shim(pid) => sandbox.shim_pid = pid,
+            }
+        }
+        let face = self.config.face;
+        let changes = Changes::new()
+            .event(EventDraft::new(EventKind::SandboxCreated, face).sandbox(&self.id))
+            .event(EventDraft::new(EventKind::SandboxStarted, face).sandbox(&self.id))
+            .put(sandbox);
+        (changes, self.id.clone())
+    }
+
+    fn unwound(&self, _: Option<&LifecycleError>, _: &Snapshot) -> Changes {
+        Changes::new().release_holder(Sandbox::holder(&self.id))
+    }
+}

@@ -1,0 +1,79 @@
+//! GetContainerEvents: CRI's view of the event log, from the subscription on.
+
+use futures_util::stream;
+use longshore_proto::cri::v1 as cri;
+
+use super::{Cri, Streamed, render};
+use crate::{
+    event::{Event, EventKind, Watch},
+    id::Face,
+    lifecycle::sandbox::Sandbox,
+    service::status::ToStatus as _,
+};
+
+impl Cri {
+    /// Events of CRI's own sandboxes and containers, without end.
+    pub(super) fn events(&self, watch: Watch) -> Streamed<cri::ContainerEventResponse> {
+        let cri = self.clone();
+        Box::pin(stream::unfold(Some((cri, watch)), |state| async {
+            let (cri, mut watch) = state?;
+            loop {
+                match watch.next().await {
+                    Ok(event) => {
+                        if let Some(message) = cri.event(&event) {
+                            return Some((Ok(message), Some((cri, watch))));
+                        }
+                    }
+                    Err(error) => return Some((Err(error.to_status()), None)),
+                }
+            }
+        }))
+    }
+
+    fn event(&self, event: &Event) -> Option<cri::ContainerEventResponse> {
+        let what = &event.what;
+        if what.face != Face::Cri {
+            return None;
+        }
+        let kind = match what.kind {
+            EventKind::SandboxCreated | EventKind::ContainerCreated => {
+                cri::ContainerEventType::ContainerCreatedEvent
+            }
+            EventKind::SandboxStarted | EventKind::ContainerStarted => {
+                cri::ContainerEventType::ContainerStartedEvent
+            }
+            EventKind::SandboxStopped | EventKind::SandboxLost | EventKind::ContainerExited => {
+                cri::ContainerEventType::ContainerStoppedEvent
+            }
+            EventKind::SandboxRemoved | EventKind::ContainerRemoved => {
+                cri::ContainerEventType::ContainerDeletedEvent
+            }
+            EventKind::AgentStarted
+            | EventKind::ContainerOom
+            | EventKind::ContainerUpdated
+            | EventKind::ImagePulled
+            | EventKind::ImageTagged
+            | EventKind::ImageUntagged
+            | EventKind::ImageRemoved
+            | EventKind::NetworkCreated
+            | EventKind::NetworkDeleted => return None,
+        };
+        let sandbox_id = what.sandbox_id.as_ref()?;
+        let at = self.agent.store.snapshot();
+        let sandbox = at.get::<Sandbox>(sandbox_id.as_str());
+        let containers = self.agent.lifecycle.containers_of(&at, sandbox_id);
+        Some(cri::ContainerEventResponse {
+            container_id: what
+                .container_id
+                .as_ref()
+                .map_or_else(|| sandbox_id.to_string(), ToString::to_string),
+            container_event_type: kind.into(),
+            created_at: event.at.unix_ns(),
+            pod_sandbox_status: sandbox.map(|sandbox| render::sandbox_status(&sandbox)),
+            containers_statuses: containers
+                .iter()
+                .map(|container| render::container_status(container))
+                .collect(),
+        })
+    }
+}

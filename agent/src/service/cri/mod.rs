@@ -1,0 +1,54 @@
+//! CRI `runtime.v1`: one short method per RPC: parse, call, render.
+
+mod events;
+mod filter;
+mod image;
+mod metrics;
+mod parse;
+mod render;
+mod runtime;
+mod signal;
+
+use std::{pin::Pin, sync::Arc};
+
+use futures_util::{Stream, stream};
+use tonic::Status;
+
+use crate::agent::Agent;
+
+/// CRI's two services over one agent.
+#[derive(Clone)]
+pub struct Cri {
+    agent: Arc<Agent>,
+}
+
+impl Cri {
+    /// Serves this agent.
+    pub fn new(agent: Arc<Agent>) -> Self {
+        Self { agent }
+    }
+}
+
+/// What the streaming RPCs return.
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// Items in one message of a streamed list: far below the client's 16 MiB.
+const CHUNK: usize = 1000;
+
+/// A list as messages of at most [`CHUNK`] items; an empty list is no message.
+fn chunks<T, M>(items: Vec<T>, message: impl Fn(Vec<T>) -> M + Send + 'static) -> Streamed<M>
+where
+    T: Send + 'static,
+    M: Send + 'static,
+{
+    let mut messages = Vec::new();
+    let mut rest = items.into_iter();
+    loop {
+        let chunk: Vec<T> = rest.by_ref().take(CHUNK).collect();
+        if chunk.is_empty() {
+            break;
+        }
+        messages.push(Ok(message(chunk)));
+    }
+    Box::pin(stream::iter(messages))
+}

@@ -1,0 +1,563 @@
+//! Every domain error becomes a gRPC status here, and nowhere else.
+//!
+//! Each match is exhaustive: a new variant asks for its code. Details are `google.rpc.ErrorInfo`
+//! with a stable reason (`longshore.v1.ErrorReason`), and `BadRequest` for a field.
+
+use std::{collections::HashMap, error::Error};
+
+use longshore_proto::longshore::v1::{ERROR_DOMAIN, ErrorReason};
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use super::edge::EdgeError;
+use crate::{
+    cgroup::CgroupError,
+    event::EventError,
+    handler::HandlerError,
+    image::ImageError,
+    lifecycle::{LifecycleError, spec::SpecError},
+    network::NetworkError,
+    rootfs::{LayerError, RootfsError},
+    store::StoreError,
+};
+
+/// An error that a caller can be told.
+pub trait ToStatus: Error {
+    /// Code, reason and facts.
+    fn verdict(&self) -> Verdict;
+
+    /// The status. `Internal` errors are logged with their whole chain, which callers do not see.
+    fn to_status(&self) -> Status
+    where
+        Self: Sized,
+    {
+        let verdict = self.verdict();
+        let message = chain(self);
+        if verdict.code == Code::Internal {
+            tracing::error!(error = message, "internal error");
+        }
+        verdict.status(message)
+    }
+}
+
+/// What a caller is told of an error beside its words.
+pub struct Verdict {
+    code: Code,
+    reason: ErrorReason,
+    facts: HashMap<String, String>,
+}
+
+impl Verdict {
+    pub(super) fn new(code: Code, reason: ErrorReason) -> Self {
+        Self {
+            code,
+            reason,
+            facts: HashMap::new(),
+        }
+    }
+
+    pub(super) fn fact(mut self, key: &str, value: impl ToString) -> Self {
+        self.facts.insert(key.to_owned(), value.to_string());
+        self
+    }
+
+    fn status(self, message: String) -> Status {
+        let mut details = ErrorDetails::new();
+        if let Some(field) = self.facts.get("field") {
+            details.add_bad_request_violation(field.clone(), message.clone());
+        }
+        details.set_error_info(self.reason.as_reason(), ERROR_DOMAIN, self.facts);
+        Status::with_error_details(self.code, message, details)
+    }
+}
+
+/// The error and its causes in one line, each said once.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+impl ToStatus for EdgeError {
+    fn verdict(&self) -> Verdict {
+        let code = match self {
+            Self::Unsupported { .. } => Code::Unimplemented,
+            Self::Invalid { .. } | Self::Missing { .. } | Self::Conflict { .. } => {
+                Code::InvalidArgument
+            }
+        };
+        let verdict = Verdict::new(code, self.reason());
+        match self {
+            Self::Invalid {
+                field,
+                value,
+                expected,
+            } => verdict
+                .fact("field", field)
+                .fact("value", value)
+                .fact("expected", expected),
+            Self::Missing { field } => verdict.fact("field", field),
+            Self::Conflict { field, other } => verdict.fact("field", field).fact("other", other),
+            Self::Unsupported { feature, missing } => {
+                verdict.fact("feature", feature).fact("needs", missing)
+            }
+        }
+    }
+}
+
+impl ToStatus for LifecycleError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::NotFound { kind, id } => {
+                let reason = match *kind {
+                    "sandbox" => ErrorReason::SandboxNotFound,
+                    _ => ErrorReason::ContainerNotFound,
+                };
+                Verdict::new(Code::NotFound, reason).fact("id", id)
+            }
+            Self::Ambiguous { kind, prefix, .. } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::AmbiguousId)
+                    .fact("kind", kind)
+                    .fact("id", prefix)
+            }
+            Self::NameTaken { name, holder } => {
+                Verdict::new(Code::AlreadyExists, ErrorReason::NameTaken)
+                    .fact("name", name)
+                    .fact("holder", holder)
+            }
+            Self::State {
+                kind,
+                id,
+                state,
+                wanted,
+            } => {
+                let reason = match *kind {
+                    "sandbox" => ErrorReason::SandboxState,
+                    _ => ErrorReason::ContainerState,
+                };
+                Verdict::new(Code::FailedPrecondition, reason)
+                    .fact("id", id)
+                    .fact("state", state)
+                    .fact("required", wanted)
+            }
+            Self::UnknownHandler { name, .. } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::UnknownHandler)
+                    .fact("handler", name)
+                    .fact("field", "runtime_handler")
+            }
+            Self::ImageMissing { reference } => {
+                Verdict::new(Code::NotFound, ErrorReason::ImageNotFound).fact("image", reference)
+            }
+            Self::Lacks { id, what } => {
+                let reason = match *what {
+                    "stdin" => ErrorReason::NoStdin,
+                    "log" => ErrorReason::NoLog,
+                    _ => ErrorReason::TerminalMismatch,
+                };
+                Verdict::new(Code::FailedPrecondition, reason).fact("id", id)
+            }
+            Self::ExecTimeout { after } => {
+                Verdict::new(Code::DeadlineExceeded, ErrorReason::Deadline)
+                    .fact("stage", "exec")
+                    .fact("stage_seconds", after.as_secs_f64())
+            }
+            Self::Spec(error) => error.verdict(),
+            Self::Image(error) => error.verdict(),
+            Self::Network(error) => error.verdict(),
+            Self::Cgroup(error) => error.verdict(),
+            Self::Rootfs(error) => error.verdict(),
+            Self::Handler(error) => error.verdict(),
+            Self::Namespace { step, source } => system(step, source),
+            Self::File { action, source, .. } => system(action, source),
+            Self::Store(error) => error.verdict(),
+            Self::Cancelled { operation } => {
+                Verdict::new(Code::Aborted, ErrorReason::Preempted).fact("operation", operation)
+            }
+            Self::Died { operation } => {
+                Verdict::new(Code::Internal, ErrorReason::System).fact("step", operation)
+            }
+            Self::Shared(error) => error.verdict(),
+        }
+    }
+}
+
+impl ToStatus for SpecError {
+    fn verdict(&self) -> Verdict {
+        let invalid = |field: &str| {
+            Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField).fact("field", field)
+        };
+        match self {
+            Self::NoCommand => Verdict::new(Code::FailedPrecondition, ErrorReason::NoCommand),
+            Self::UnknownUser { name } | Self::UnknownGroup { name } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::UnknownUser).fact("user", name)
+            }
+            Self::GroupWithoutUser { .. } => invalid("config.linux.security_context.run_as_group"),
+            Self::InvalidValue {
+                field,
+                value,
+                expected,
+            } => invalid(field)
+                .fact("value", value)
+                .fact("expected", expected),
+            Self::MountSource { path, .. }
+            | Self::MountPropagation { path, .. }
+            | Self::Device { path, .. } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::MountSource)
+                    .fact("path", path.display())
+            }
+            Self::RecursiveReadonly { target, .. } => {
+                invalid("config.mounts.recursive_read_only").fact("value", target.display())
+            }
+            Self::UnknownCapability { name } => {
+                invalid("config.linux.security_context.capabilities").fact("value", name)
+            }
+            Self::SeccompMissing => Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
+                .fact("feature", "seccomp"),
+            Self::SeccompProfile { profile, .. } => {
+                invalid("config.linux.security_context.seccomp").fact("value", profile)
+            }
+            Self::AppArmorMissing { profile } | Self::AppArmorProfile { profile } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::KernelLacks)
+                    .fact("feature", "AppArmor")
+                    .fact("profile", profile)
+            }
+            Self::SelinuxUnsupported => {
+                Verdict::new(Code::Unimplemented, ErrorReason::NotImplemented)
+                    .fact("feature", "SELinux labels")
+            }
+            Self::PrivilegedInUnprivilegedSandbox => {
+                invalid("config.linux.security_context.privileged")
+            }
+        }
+    }
+}
+
+impl ToStatus for StoreError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::Claimed { key, holder } => {
+                Verdict::new(Code::AlreadyExists, ErrorReason::NameTaken)
+                    .fact("name", key)
+                    .fact("holder", holder)
+            }
+            Self::Newer { .. } | Self::Damaged { .. } => {
+                Verdict::new(Code::DataLoss, ErrorReason::StoreDamaged)
+            }
+            Self::Full => Verdict::new(Code::ResourceExhausted, ErrorReason::DiskFull),
+            Self::Io { action, .. } => {
+                Verdict::new(Code::Internal, ErrorReason::System).fact("step", action)
+            }
+            Self::Closed => Verdict::new(Code::Unavailable, ErrorReason::Draining),
+        }
+    }
+}
+
+impl ToStatus for EventError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::CursorExpired { oldest, .. } => {
+                Verdict::new(Code::OutOfRange, ErrorReason::CursorExpired)
+                    .fact("oldest_epoch", oldest.epoch)
+                    .fact("oldest_number", oldest.number)
+            }
+            Self::CursorUnknown { newest, .. } => {
+                Verdict::new(Code::OutOfRange, ErrorReason::CursorUnknown)
+                    .fact("newest_epoch", newest.epoch)
+                    .fact("newest_number", newest.number)
+            }
+            Self::Unreadable { .. } => Verdict::new(Code::DataLoss, ErrorReason::StoreDamaged),
+            Self::Closed => Verdict::new(Code::Unavailable, ErrorReason::Draining),
+        }
+    }
+}
+
+impl ToStatus for NetworkError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::UnknownNetwork { network } => {
+                Verdict::new(Code::NotFound, ErrorReason::NetworkNotFound).fact("network", network)
+            }
+            Self::PortTaken {
+                port,
+                protocol,
+                holder,
+                ..
+            } => Verdict::new(Code::FailedPrecondition, ErrorReason::HostPortTaken)
+                .fact("port", port)
+                .fact("protocol", protocol)
+                .fact("holder", holder),
+            Self::PortInvalid { index, .. } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
+                    .fact("field", format!("config.port_mappings[{index}]"))
+            }
+            Self::AddressTaken {
+                address, holder, ..
+            } => Verdict::new(Code::FailedPrecondition, ErrorReason::AddressTaken)
+                .fact("address", address)
+                .fact("holder", holder),
+            Self::AddressInvalid { address, .. } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
+                    .fact("field", "config.network.addresses")
+                    .fact("value", address)
+            }
+            Self::PoolEmpty { network, .. } => {
+                Verdict::new(Code::ResourceExhausted, ErrorReason::AddressesExhausted)
+                    .fact("network", network)
+            }
+            Self::SubnetOverlap { subnet, route, .. } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::SubnetOverlap)
+                    .fact("subnet", subnet)
+                    .fact("route", route)
+            }
+            Self::NoSubnet | Self::ForeignLink { .. } | Self::Config { .. } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::SubnetOverlap)
+            }
+            Self::Missing { feature, hint } => {
+                Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
+                    .fact("feature", feature)
+                    .fact("needs", hint)
+            }
+            Self::NotStarted => Verdict::new(Code::Unavailable, ErrorReason::Starting),
+            Self::Kernel { call, source, .. } | Self::File { call, source, .. } => {
+                system(call, source)
+            }
+            Self::Store(error) => error.verdict(),
+        }
+    }
+}
+
+impl ToStatus for CgroupError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::NoHierarchy => Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
+                .fact("feature", "cgroups"),
+            Self::BadPath { path, .. } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
+                    .fact("field", "config.linux.cgroup_parent")
+                    .fact("value", path)
+            }
+            Self::BadResource { field, .. } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField).fact("field", field)
+            }
+            Self::BelowUsage { limit, .. } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::OutOfRange)
+                    .fact("field", "memory_limit_in_bytes")
+                    .fact("value", limit)
+            }
+            Self::ControllerMissing { controller, field } => {
+                Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
+                    .fact("feature", format!("cgroup controller {controller}"))
+                    .fact("field", field)
+            }
+            Self::Refused { value, .. } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
+                    .fact("field", "linux.resources")
+                    .fact("value", value)
+            }
+            Self::Call { call, source, .. } => system(call, source),
+            Self::Absent { .. } | Self::StillBusy { .. } | Self::Malformed { .. } => {
+                Verdict::new(Code::Internal, ErrorReason::System).fact("step", "cgroup")
+            }
+        }
+    }
+}
+
+impl ToStatus for HandlerError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::ShimMissing { source, .. } => system("find the shim", source),
+            Self::Spawn { step, source, .. } => system(step, source),
+            Self::ShimLost { sandbox, .. }
+            | Self::ShimSilent { sandbox, .. }
+            | Self::ShimVersion { sandbox, .. } => {
+                Verdict::new(Code::Unavailable, ErrorReason::ShimUnavailable).fact("id", sandbox)
+            }
+            Self::Impostor { uid, .. } => Verdict::new(Code::PermissionDenied, ErrorReason::Denied)
+                .fact("action", format!("listen as uid {uid}")),
+            Self::Step { step, errno, .. } => engine(step, *errno),
+            Self::UnknownContainer { container, .. } => {
+                Verdict::new(Code::NotFound, ErrorReason::ContainerNotFound).fact("id", container)
+            }
+            Self::Unsupported { feature } => {
+                Verdict::new(Code::Unimplemented, ErrorReason::NotImplemented)
+                    .fact("feature", feature)
+            }
+            Self::BadSpec { field, .. } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField).fact("field", field)
+            }
+            Self::Seccomp { .. } => Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
+                .fact("field", "config.linux.security_context.seccomp"),
+            Self::Cgroup(error) => error.verdict(),
+        }
+    }
+}
+
+/// A failed step of the engine: what the command itself is to blame for has reasons of its own.
+fn engine(step: &str, errno: i32) -> Verdict {
+    let executing = step.starts_with("execve");
+    let (code, reason) = match rustix::io::Errno::from_raw_os_error(errno) {
+        rustix::io::Errno::NOENT if executing => (Code::NotFound, ErrorReason::CommandNotFound),
+        rustix::io::Errno::ACCESS | rustix::io::Errno::NOEXEC | rustix::io::Errno::ISDIR
+            if executing =>
+        {
+            (Code::FailedPrecondition, ErrorReason::CommandNotExecutable)
+        }
+        _ => (Code::Internal, ErrorReason::System),
+    };
+    Verdict::new(code, reason)
+        .fact("step", step)
+        .fact("command", step.strip_prefix("execve ").unwrap_or_default())
+        .fact("errno", errno)
+}
+
+impl ToStatus for RootfsError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::Layer(error) => error.verdict(),
+            Self::Kernel { call, source, .. } => system(call, &std::io::Error::from(*source)),
+            Self::LayerLost { diff_id, .. } => {
+                Verdict::new(Code::DataLoss, ErrorReason::ContentInvalid).fact("digest", diff_id)
+            }
+            Self::NotAFile { path }
+            | Self::FileTooLarge { path, .. }
+            | Self::SymlinkLoop { path } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::ContentInvalid)
+                    .fact("path", path.display())
+            }
+            Self::Busy { container } => {
+                Verdict::new(Code::Aborted, ErrorReason::OperationInProgress)
+                    .fact("subject", container)
+            }
+            Self::Changing { path } => {
+                Verdict::new(Code::Aborted, ErrorReason::OperationInProgress)
+                    .fact("subject", path.display())
+            }
+        }
+    }
+}
+
+impl ToStatus for LayerError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::Source { .. } | Self::Truncated { .. } | Self::Header { .. } => {
+                Verdict::new(Code::DataLoss, ErrorReason::ContentInvalid)
+            }
+            Self::Cancelled => Verdict::new(Code::Cancelled, ErrorReason::Cancelled),
+            Self::Path { path, .. }
+            | Self::Unsupported { path, .. }
+            | Self::Whiteout { path }
+            | Self::ParentNotDirectory { path }
+            | Self::SymlinkLoop { path }
+            | Self::LinkTarget { path, .. }
+            | Self::Attribute { path, .. }
+            | Self::Sparse { path } => Verdict::new(Code::DataLoss, ErrorReason::ContentInvalid)
+                .fact("path", path.display()),
+            Self::TooLarge { limit, .. } => {
+                Verdict::new(Code::ResourceExhausted, ErrorReason::LayerTooLarge)
+                    .fact("limit", limit)
+            }
+            Self::NoSpace { path } => Verdict::new(Code::ResourceExhausted, ErrorReason::DiskFull)
+                .fact("path", path.display()),
+            Self::Kernel { call, source, .. } => system(call, &std::io::Error::from(*source)),
+        }
+    }
+}
+
+impl ToStatus for ImageError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::Reference(_) => Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
+                .fact("field", "image.image"),
+            Self::Auth(_) => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField).fact("field", "auth")
+            }
+            Self::RegistryUnavailable { host, .. }
+            | Self::Tls { endpoint: host, .. }
+            | Self::RateLimited { host, .. }
+            | Self::Stalled { host, .. }
+            | Self::UnexpectedAnswer { host, .. } => {
+                Verdict::new(Code::Unavailable, ErrorReason::RegistryUnavailable)
+                    .fact("registry", host)
+            }
+            Self::Denied {
+                reference, host, ..
+            } => Verdict::new(Code::PermissionDenied, ErrorReason::RegistryDenied)
+                .fact("registry", host)
+                .fact("reference", reference),
+            Self::NotFound { reference, host } => {
+                Verdict::new(Code::NotFound, ErrorReason::ReferenceNotFound)
+                    .fact("reference", reference)
+                    .fact("registry", host)
+            }
+            Self::NoPlatform {
+                reference, wanted, ..
+            } => Verdict::new(Code::NotFound, ErrorReason::PlatformNotFound)
+                .fact("reference", reference)
+                .fact("platform", wanted),
+            Self::Schema1 { reference } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::ImageRefused)
+                    .fact("reference", reference)
+            }
+            Self::UnsupportedMediaType { media_type, .. }
+            | Self::ForeignLayer { media_type, .. } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::ImageRefused)
+                    .fact("media_type", media_type)
+            }
+            Self::Malformed { .. } | Self::SizeMismatch { .. } | Self::LayerCount { .. } => {
+                Verdict::new(Code::DataLoss, ErrorReason::ContentInvalid)
+            }
+            Self::TooLarge { limit_bytes, .. } => {
+                Verdict::new(Code::ResourceExhausted, ErrorReason::LayerTooLarge)
+                    .fact("limit", limit_bytes)
+            }
+            Self::DigestMismatch {
+                expected, actual, ..
+            } => Verdict::new(Code::DataLoss, ErrorReason::DigestMismatch)
+                .fact("expected", expected)
+                .fact("found", actual),
+            Self::Layer { source, .. } => source.verdict(),
+            Self::Rootfs { source, .. } => source.verdict(),
+            Self::Store(error) => error.verdict(),
+            Self::Content { action, source, .. } => system(action, source),
+            Self::Ambiguous { prefix, .. } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::AmbiguousId)
+                    .fact("kind", "image")
+                    .fact("id", prefix)
+            }
+            Self::Unknown { name } => {
+                Verdict::new(Code::NotFound, ErrorReason::ImageNotFound).fact("image", name)
+            }
+            Self::InUse { image, holder } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::ImageInUse)
+                    .fact("image", image)
+                    .fact("holder", holder)
+            }
+            Self::Config { host, .. } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::ImageRefused)
+                    .fact("registry", host)
+            }
+            Self::Cancelled => Verdict::new(Code::Cancelled, ErrorReason::Cancelled),
+        }
+    }
+}
+
+/// What the kernel or a disk refused.
+fn system(step: &str, source: &std::io::Error) -> Verdict {
+    let verdict = match source.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            Verdict::new(Code::ResourceExhausted, ErrorReason::DiskFull)
+        }
+        _ => Verdict::new(Code::Internal, ErrorReason::System),
+    };
+    verdict
+        .fact("step", step)
+        .fact("errno", source.raw_os_error().unwrap_or(0))
+}
