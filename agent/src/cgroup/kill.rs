@@ -130,6 +130,9 @@ pub(super) fn children(dir: &Path) -> Result<Vec<String>, CgroupError> {
 /// Waits for `populated 0` in `cgroup.events`, which the kernel announces by POLLPRI.
 fn wait_until_empty(dir: &Path, since: Instant) -> Result<(), CgroupError> {
     let events = dir.join("cgroup.events");
+    // Announcements come at most every ten milliseconds, so one that soon follows another, as in
+    // a cgroup that was just filled, is late: look before it, at growing distances.
+    let mut look_after_ns = 300_000;
     loop {
         // Opened anew each time: reading is what arms the next announcement.
         let opened = match File::open(&events) {
@@ -146,11 +149,11 @@ fn wait_until_empty(dir: &Path, since: Instant) -> Result<(), CgroupError> {
         if since.elapsed() > PATIENCE {
             return Err(still_busy(dir, since));
         }
-        // Bounded, so that a missed announcement costs little.
         let patience = Timespec {
             tv_sec: 0,
-            tv_nsec: 100_000_000,
+            tv_nsec: look_after_ns,
         };
+        look_after_ns = (look_after_ns * 2).min(100_000_000);
         let mut polled = [PollFd::new(&opened, PollFlags::PRI)];
         match poll(&mut polled, Some(&patience)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
