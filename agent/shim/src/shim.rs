@@ -107,6 +107,7 @@ impl Shim {
                 self.dispatch(*token);
             }
             self.end_overdue_execs();
+            self.detach_stuck_clients();
             let stopped = self.finish_stopping();
             self.flush_connections();
             if stopped {
@@ -120,7 +121,12 @@ impl Shim {
         let now = boot_ns();
         let deadlines = self.execs.iter().filter_map(|exec| exec.deadline_ns);
         let stopping = self.stopping.map(|stopping| stopping.deadline_ns);
+        let stuck = self
+            .containers
+            .iter()
+            .filter_map(|container| container.stdio.next_deadline_ns());
         let until = deadlines
+            .chain(stuck)
             .chain(stopping)
             .min()
             .map(|at| Duration::from_nanos(at.saturating_sub(now)));
@@ -524,6 +530,13 @@ impl Shim {
                 exec.timed_out = true;
                 exec.kill();
             }
+        }
+    }
+
+    fn detach_stuck_clients(&mut self) {
+        let now = boot_ns();
+        for container in &mut self.containers {
+            container.stdio.detach_stuck(&self.poll, now);
         }
     }
 

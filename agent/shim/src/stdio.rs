@@ -5,9 +5,10 @@
 //!                                    |-------> client (bounded queue each)
 //!   container <------- stdin ------- [    ] <- client
 //! ```
-//! Output is read whether anybody wants it or not, so a container never blocks on us. A client
-//! that does not read is detached once [`MAX_QUEUE_BYTES`] wait for it; input is read from clients
-//! only as fast as the container takes it.
+//! Output is read whether anybody wants it or not. A client that reads slower than the container
+//! writes holds it back once [`FULL_QUEUE_BYTES`] wait for it; one that then reads nothing at all
+//! for [`STUCK_NS`] is detached, so nobody holds a container up for longer. Input is read from
+//! clients only as fast as the container takes it.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,11 +17,15 @@ use longshore_sys::fd;
 use rustix::io::Errno;
 use rustix::pty::OpenptFlags;
 
+use crate::exit::boot_ns;
 use crate::log::{LogFile, Partial};
 use crate::poll::{Interest, Poll, Stream, Token};
 
-/// Most bytes that wait for a slow client.
-const MAX_QUEUE_BYTES: usize = 1 << 20;
+/// Bytes waiting for a client at which the container is held back.
+const FULL_QUEUE_BYTES: usize = 1 << 20;
+
+/// How long a full client may take nothing.
+const STUCK_NS: u64 = 500_000_000;
 
 /// Most bytes taken from a container at its end: more than pipe and terminal hold, but not for
 /// ever if something else goes on writing.
@@ -41,6 +46,8 @@ pub(crate) struct Stdio {
     log: Option<LogFile>,
     clients: Vec<Client>,
     next_client: u32,
+    /// Outputs are not read until the clients have caught up.
+    held_back: bool,
 }
 
 /// What keeps a terminal usable while the program is between two openings of it.
@@ -71,6 +78,8 @@ enum Role {
         queue: VecDeque<u8>,
         /// Nothing more will come: it is closed once the queue is empty.
         closing: bool,
+        /// Boot clock when it last took something, or had nothing to take.
+        took_ns: u64,
     },
     Writes,
 }
@@ -88,6 +97,7 @@ impl Stdio {
             log,
             clients: Vec::new(),
             next_client: 0,
+            held_back: false,
         }
     }
 
@@ -136,6 +146,46 @@ impl Stdio {
         poll.watch(&fd, Token::Output(self.owner, stream), Interest::Read)?;
         self.outputs[stream as usize] = Some(fd);
         Ok(())
+    }
+
+    /// Stops or resumes reading outputs as the queues demand. A held back output is taken out of
+    /// the poll, which would tell a hang-up again and again.
+    fn hold_back_or_resume(&mut self, poll: &Poll) {
+        let full = self
+            .clients
+            .iter()
+            .any(|client| client.stuck_at_ns().is_some());
+        if full == self.held_back {
+            return;
+        }
+        self.held_back = full;
+        for (fd, stream) in self.outputs.iter().zip([Stream::Stdout, Stream::Stderr]) {
+            match fd {
+                Some(fd) if full => poll.forget(fd),
+                // Cannot fail but for want of memory.
+                Some(fd) => drop(poll.watch(fd, Token::Output(self.owner, stream), Interest::Read)),
+                None => {}
+            }
+        }
+    }
+
+    /// Boot clock when a client will have to be detached.
+    pub(crate) fn next_deadline_ns(&self) -> Option<u64> {
+        self.clients.iter().filter_map(Client::stuck_at_ns).min()
+    }
+
+    /// Detaches clients that take nothing.
+    pub(crate) fn detach_stuck(&mut self, poll: &Poll, now_ns: u64) {
+        let stuck = |client: &Client| client.stuck_at_ns().is_some_and(|at| at <= now_ns);
+        if self.clients.iter().any(stuck) {
+            self.clients.retain(|client| {
+                if stuck(client) {
+                    poll.forget(&client.fd);
+                }
+                !stuck(client)
+            });
+            self.hold_back_or_resume(poll);
+        }
     }
 
     /// The controlling side of the terminal.
@@ -250,6 +300,7 @@ impl Stdio {
             stream,
             queue: VecDeque::new(),
             closing: self.outputs[stream as usize].is_none(),
+            took_ns: boot_ns(),
         };
         self.attach(poll, fd, role, Interest::Nothing)?;
         self.sweep_clients(poll);
@@ -377,9 +428,7 @@ impl Stdio {
     fn sweep_clients(&mut self, poll: &Poll) {
         self.clients.retain(|client| {
             let done = match &client.role {
-                Role::Reads { queue, closing, .. } => {
-                    *closing && queue.is_empty() || queue.len() > MAX_QUEUE_BYTES
-                }
+                Role::Reads { queue, closing, .. } => *closing && queue.is_empty(),
                 Role::Writes => false,
             };
             if done {
@@ -387,6 +436,7 @@ impl Stdio {
             }
             !done
         });
+        self.hold_back_or_resume(poll);
     }
 
     /// Lets go of everything.
@@ -406,6 +456,7 @@ impl Client {
             stream,
             queue,
             closing,
+            took_ns,
         } = &mut self.role
         else {
             return;
@@ -413,14 +464,24 @@ impl Client {
         if *stream != of || *closing {
             return;
         }
+        if queue.is_empty() {
+            *took_ns = boot_ns();
+        }
         queue.extend(chunk);
         self.pump(poll, owner);
     }
 
     fn pump(&mut self, poll: &Poll, owner: u32) {
-        let Role::Reads { queue, closing, .. } = &mut self.role else {
+        let Role::Reads {
+            queue,
+            closing,
+            took_ns,
+            ..
+        } = &mut self.role
+        else {
             return;
         };
+        let before = queue.len();
         if queue.is_empty() {
             // Woken without anything to write: the reader has gone.
             *closing = true;
@@ -431,12 +492,25 @@ impl Client {
             *closing = true;
             return;
         }
+        if queue.len() < before {
+            *took_ns = boot_ns();
+        }
         let interest = if queue.is_empty() {
             Interest::Nothing
         } else {
             Interest::Write
         };
         let _ = poll.rewatch(&self.fd, Token::Client(owner, self.serial), interest);
+    }
+
+    /// Boot clock when it counts as stuck; `None` while it is not full.
+    fn stuck_at_ns(&self) -> Option<u64> {
+        match &self.role {
+            Role::Reads { queue, took_ns, .. } if queue.len() >= FULL_QUEUE_BYTES => {
+                Some(took_ns.saturating_add(STUCK_NS))
+            }
+            _ => None,
+        }
     }
 }
 
