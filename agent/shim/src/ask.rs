@@ -125,8 +125,7 @@ impl Shim {
             plan: &create.plan,
             log,
             pid_ns,
-            own_pid_ns: &self.own_pid_ns,
-            default_oom_score_adj: self.default_oom_score_adj,
+            home: &self.home,
             asker,
         };
         self.containers.push(Container::make(&self.poll, making)?);
@@ -200,16 +199,7 @@ impl Shim {
             .iter()
             .find(|container| container.id == ask.container_id)
             .ok_or_else(|| at_step("unknown container", &Errno::NOENT.into()))?;
-        let exec = Exec::make(
-            &self.poll,
-            serial,
-            ask,
-            container,
-            stdio,
-            &self.own_pid_ns,
-            self.default_oom_score_adj,
-            asker,
-        )?;
+        let exec = Exec::make(&self.poll, serial, ask, container, stdio, &self.home, asker)?;
         self.execs.push(exec);
         Ok(None)
     }

@@ -74,9 +74,17 @@ pub(crate) struct Making<'a> {
     pub(crate) log: Option<OwnedFd>,
     /// The pid namespace to live in; `None` for a new one or the shim's own.
     pub(crate) pid_ns: Option<OwnedFd>,
-    pub(crate) own_pid_ns: &'a OwnedFd,
-    pub(crate) default_oom_score_adj: i32,
+    pub(crate) home: &'a Home,
     pub(crate) asker: Asker,
+}
+
+/// What every child is born from.
+#[derive(Debug)]
+pub(crate) struct Home {
+    /// The shim's own pid namespace, to come back to.
+    pub(crate) pid_ns: OwnedFd,
+    /// OOM score adjustment that the shim was started with: a plan without one means this.
+    pub(crate) oom_score_adj: i32,
 }
 
 impl Container {
@@ -91,11 +99,11 @@ impl Container {
             report::channel().map_err(|error| step(&error, "socketpair"))?;
         let pid_ns = making.pid_ns.as_ref().map(AsFd::as_fd);
         // SAFETY: the shim has one thread, and `run_first` does not return.
-        let cloned = unsafe { fork_in(pid_ns, making.own_pid_ns, flags, cgroup_dir.as_ref()) };
+        let cloned = unsafe { fork_in(pid_ns, &making.home.pid_ns, flags, cgroup_dir.as_ref()) };
         let (pid, pidfd) = match cloned.map_err(|error| step(&error, "clone"))? {
             Cloned::Child => init::run_first(
                 plan,
-                making.default_oom_score_adj,
+                making.home.oom_score_adj,
                 &childs_report,
                 &pipes.childs,
             ),
@@ -296,7 +304,8 @@ mod tests {
     fn only_new_namespaces_are_cloned_and_a_mount_namespace_is_a_must() {
         use NamespaceFrom::{New, Path, Pod};
         let mount = (NamespaceKind::Mount, New(Empty {}));
-        let cases: [(&[(NamespaceKind, NamespaceFrom)], Option<i32>); 5] = [
+        type Case<'a> = (&'a [(NamespaceKind, NamespaceFrom)], Option<i32>);
+        let cases: [Case<'_>; 5] = [
             (&[], None),
             (std::slice::from_ref(&mount), Some(libc::CLONE_NEWNS)),
             (

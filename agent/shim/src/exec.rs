@@ -6,7 +6,7 @@ use longshore_sys::clone::Cloned;
 use longshore_sys::pidfd;
 
 use crate::cgroup;
-use crate::container::{Asker, Container, open_cgroup};
+use crate::container::{Asker, Container, Home, open_cgroup};
 use crate::exit::boot_ns;
 use crate::init::{self, ChildStdio};
 use crate::pod::fork_in;
@@ -40,8 +40,7 @@ impl Exec {
         ask: &wire::Exec,
         container: &Container,
         stdio: ChildStdio,
-        own_pid_ns: &OwnedFd,
-        default_oom_score_adj: i32,
+        home: &Home,
         asker: Asker,
     ) -> Result<Self, Failure> {
         let failed = |name: &str, error: std::io::Error| Failure {
@@ -56,13 +55,13 @@ impl Exec {
             .map_err(|error| failed("epoll_ctl", error))?;
         let pid_ns = container.pid_ns.as_ref().map(std::os::fd::AsFd::as_fd);
         // SAFETY: the shim has one thread, and `run_exec` does not return.
-        let cloned = unsafe { fork_in(pid_ns, own_pid_ns, 0, cgroup_dir.as_ref()) };
+        let cloned = unsafe { fork_in(pid_ns, &home.pid_ns, 0, cgroup_dir.as_ref()) };
         let (pid, pidfd) = match cloned {
             Ok(Cloned::Child) => init::run_exec(
                 &ask.process,
                 &ask.cgroup,
                 target,
-                default_oom_score_adj,
+                home.oom_score_adj,
                 &childs_report,
                 &stdio,
             ),

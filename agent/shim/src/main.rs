@@ -29,6 +29,7 @@ use longshore_sys::{clone, fd, proc};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use crate::container::Home;
 use crate::exit::Exits;
 use crate::shim::{Parts, Shim};
 
@@ -73,16 +74,18 @@ fn launch(dir: &Path) -> Step<()> {
     proc::keep_heap_small();
     at(proc::set_dumpable(false), "not dumpable")?;
     at(fd::peer_credentials(io::stdin()), "descriptor 0")?;
-    let default_oom_score_adj = current_oom_score_adj();
+    let oom_score_adj = current_oom_score_adj();
     at(proc::set_oom_score_adj(OOM_SCORE_ADJ), "oom_score_adj")?;
     at(rustix::process::chdir("/"), "chdir")?;
     let parts = Parts {
         listener: at(listen(dir), "listen on shim.sock")?,
         agent: at(io::stdin().as_fd().try_clone_to_owned(), "descriptor 0")?,
         exits: at(Exits::new(dir), "make exits")?,
-        own_pid_ns: at(pod::open_ns("/proc/self/ns/pid"), "open pid namespace")?,
+        home: Home {
+            pid_ns: at(pod::open_ns("/proc/self/ns/pid"), "open pid namespace")?,
+            oom_score_adj,
+        },
         dir: dir.to_owned(),
-        default_oom_score_adj,
     };
     if !at(leave(), "leave the agent")? {
         return Ok(());

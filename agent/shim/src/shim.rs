@@ -10,7 +10,7 @@ use longshore_sys::{fd, proc};
 use rustix::net::SocketFlags;
 
 use crate::connection::{Connection, Hangup};
-use crate::container::{Asker, Container, Phase};
+use crate::container::{Asker, Container, Home, Phase};
 use crate::exec::Exec;
 use crate::exit::{self, Exits, boot_ns};
 use crate::pod::PodInit;
@@ -29,8 +29,7 @@ const QUIET: Duration = Duration::from_millis(200);
 pub(crate) struct Shim {
     pub(crate) poll: Poll,
     pub(crate) dir: PathBuf,
-    pub(crate) own_pid_ns: OwnedFd,
-    pub(crate) default_oom_score_adj: i32,
+    pub(crate) home: Home,
     pub(crate) exits: Exits,
     pub(crate) containers: Vec<Container>,
     pub(crate) execs: Vec<Exec>,
@@ -59,8 +58,7 @@ pub(crate) struct Parts {
     pub(crate) listener: OwnedFd,
     pub(crate) agent: OwnedFd,
     pub(crate) exits: Exits,
-    pub(crate) own_pid_ns: OwnedFd,
-    pub(crate) default_oom_score_adj: i32,
+    pub(crate) home: Home,
 }
 
 impl Shim {
@@ -74,8 +72,7 @@ impl Shim {
         let mut shim = Self {
             poll,
             dir: parts.dir,
-            own_pid_ns: parts.own_pid_ns,
-            default_oom_score_adj: parts.default_oom_score_adj,
+            home: parts.home,
             exits: parts.exits,
             containers: Vec::new(),
             execs: Vec::new(),

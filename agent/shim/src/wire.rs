@@ -110,6 +110,10 @@ pub struct Request {
 
 /// The wishes.
 #[derive(Clone, PartialEq, Oneof)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "held one at a time, and prost makes the variants"
+)]
 pub enum Ask {
     /// First on every connection.
     #[prost(message, tag = "2")]
@@ -193,7 +197,8 @@ pub struct Event {
 /// The facts.
 #[derive(Clone, PartialEq, Oneof)]
 pub enum Fact {
-    /// A container's first process ended; repeated on each connection until acknowledged.
+    /// A container's first process ended; repeated on each connection until acknowledged. Until
+    /// then `DIR/exits/<container id>` holds the encoded [`Exited`] too.
     #[prost(message, tag = "1")]
     Exited(Exited),
     /// An exec ended. All that it wrote is in its pipes before this is sent.

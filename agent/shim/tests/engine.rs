@@ -537,7 +537,7 @@ fn make_layer(dir: &Path) {
     fs::write(dir.join("bin/script"), "echo no permission").expect("write");
 }
 
-fn lines<'a>(log: &'a [(String, String, String)]) -> Vec<(&'a str, &'a str, &'a str)> {
+fn lines(log: &[(String, String, String)]) -> Vec<(&str, &str, &str)> {
     log.iter()
         .map(|(a, b, c)| (a.as_str(), b.as_str(), c.as_str()))
         .collect()

@@ -57,11 +57,12 @@ pub fn tmpfs(target: &Path, size_bytes: u64, mode: u32) -> io::Result<()> {
 /// # Errors
 /// What mount(2) answers.
 pub fn bind(source: &Path, target: &Path, recursive: bool) -> io::Result<()> {
-    Ok(if recursive {
-        rustix::mount::mount_bind_recursive(source, target)?
+    let bound = if recursive {
+        rustix::mount::mount_bind_recursive(source, target)
     } else {
-        rustix::mount::mount_bind(source, target)?
-    })
+        rustix::mount::mount_bind(source, target)
+    };
+    Ok(bound?)
 }
 
 /// Changes propagation of a mount, or of all below it with `PropagationFlags::REC`.

@@ -93,6 +93,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
+    #[expect(clippy::zombie_processes, reason = "it is waited for by descriptor")]
     fn a_child_is_signalled_and_waited_for_by_descriptor() {
         let child = Command::new("sleep").arg("100").spawn().expect("spawn");
         let fd = open(child.id().cast_signed()).expect("pidfd");
