@@ -43,7 +43,7 @@ async fn a_pod_is_reached_by_its_addresses_and_host_ports() -> Result<()> {
     // An address of the host beside loopback.
     bench
         .machine()
-        .output("ip", &["link", "add", "uplink", "type", "dummy"])?;
+        .output("ip", &["link", "add", "uplink", "type", "bridge"])?;
     bench
         .machine()
         .output("ip", &["addr", "add", "198.51.100.7/24", "dev", "uplink"])?;
@@ -181,8 +181,13 @@ async fn pods_reach_the_world_through_the_host_and_the_world_their_ports() -> Re
         let listener = world.listen(&address.to_string())?;
         let answer = std::thread::spawn(move || -> Result<IpAddr> {
             let (mut stream, peer) = listener.accept()?;
-            let mut request = [0; 16];
-            let _read = stream.read(&mut request)?;
+            // All of it: closing with unread bytes would reset the connection.
+            let mut request = Vec::new();
+            while !request.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte)?;
+                request.push(byte[0]);
+            }
             stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nthe world\n")?;
             Ok(peer.ip())
         });
@@ -324,7 +329,7 @@ async fn many_pods_get_addresses_of_their_own_and_give_them_back() -> Result<()>
     assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
     assert!(pods.len() >= 12, "only {} pods in a /28", pods.len());
     bench.remove(&pods.remove(0)).await?;
-    bench.run(pod("one more")).await?;
+    bench.run(pod("one-more")).await?;
     bench.finish().await
 }
 

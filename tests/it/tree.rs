@@ -261,7 +261,7 @@ async fn whiteouts_and_opaque_directories_hide_what_is_below() -> Result<()> {
     let config = longshore_tests::pods::script(
         "main",
         &reference,
-        "cd /w && find . -type f | sort && cat becomes-file",
+        "cd /w && find . -type f | sort && cat becomes-file && echo",
     );
     let (_, output) = bench.run_to_end(&pod, config).await?;
     assert_eq!(

@@ -253,17 +253,11 @@ fn routes(machine: &Machine) -> Result<Vec<String>> {
         let text = machine.output("ip", &[family, "route", "show", "table", "all"])?;
         all.extend(
             text.lines()
-                .filter(|line| {
-                    !line.contains("fe80:")
-                        && !line.contains("ff00::")
-                        && !line.contains("linkdown")
-                })
+                .filter(|line| !line.contains("fe80:") && !line.contains("ff00::"))
                 .map(|line| {
-                    line.split(" expires ")
-                        .next()
-                        .unwrap_or(line)
-                        .trim()
-                        .to_owned()
+                    // Whether a bridge has a carrier is told by what is attached to it.
+                    let line = line.split(" expires ").next().unwrap_or(line);
+                    line.replace(" linkdown", "").trim().to_owned()
                 }),
         );
     }

@@ -346,8 +346,23 @@ impl Node {
         Ok(())
     }
 
+    /// Adds what is new since `before` to what must be there at the end.
+    pub fn mark_clean_since(&mut self, before: &Snapshot) -> Result<()> {
+        let now = self.snapshot()?;
+        let baseline = self
+            .baseline
+            .as_mut()
+            .context("mark_clean was not called")?;
+        for kind in KINDS {
+            let known: Vec<_> = before.of(kind).collect();
+            let new = now.of(kind).filter(|fact| !known.contains(fact));
+            baseline.add(kind, new.map(str::to_owned));
+        }
+        Ok(())
+    }
+
     /// The node's snapshot, without the agent's own process, which a restart changes.
-    fn snapshot(&self) -> Result<Snapshot> {
+    pub fn snapshot(&self) -> Result<Snapshot> {
         self.scope()
             .snapshot()
             .map(|snapshot| self.without_agent(&snapshot))
@@ -355,6 +370,7 @@ impl Node {
 
     fn without_agent(&self, snapshot: &Snapshot) -> Snapshot {
         let own = format!("{} ", self.pid());
+        let base = BASE.map(|dir| format!("{} (dir)", self.dir().join(dir).display()));
         let mut without = Snapshot::default();
         for kind in KINDS {
             without.add(
@@ -362,6 +378,7 @@ impl Node {
                 snapshot
                     .of(kind)
                     .filter(|fact| !(*kind == "processes" && fact.starts_with(&own)))
+                    .filter(|fact| !base.iter().any(|dir| fact == dir))
                     .map(str::to_owned),
             );
         }
@@ -405,6 +422,16 @@ impl Node {
         Ok(())
     }
 }
+
+/// Directories that stay once they were needed.
+const BASE: [&str; 6] = [
+    "run/sandboxes",
+    "data/containers",
+    "data/layers",
+    "data/blobs",
+    "data/blobs/sha256",
+    "data/blobs/partial",
+];
 
 const KINDS: &[&str] = &[
     "mounts",

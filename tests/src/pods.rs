@@ -183,12 +183,13 @@ impl Bench {
         self.images = self.node.images();
     }
 
-    /// Offers an image and pulls it; answers its id.
+    /// Offers an image and pulls it; answers its id. What that adds is clean.
     pub async fn offer(&mut self, name: &str, image: &Image) -> Result<String> {
         self.registry.push(name, image);
         let reference = self.registry.reference(name);
+        let before = self.node.snapshot()?;
         let id = self.pull(&reference).await?;
-        self.node.mark_clean()?;
+        self.node.mark_clean_since(&before)?;
         Ok(id)
     }
 
@@ -265,7 +266,7 @@ impl Bench {
         self.run_to_end(pod, config).await
     }
 
-    /// Runs a container to its end; answers status and output, and removes it.
+    /// Runs a container to its end; answers status and standard output, and removes it.
     pub async fn run_to_end(
         &mut self,
         pod: &Pod,
@@ -273,8 +274,10 @@ impl Bench {
     ) -> Result<(cri::ContainerStatus, String)> {
         let id = self.launch(pod, config).await?;
         let status = self.wait_exited(&id).await?;
-        let output = read_log(Path::new(&status.log_path))?.text();
+        let output = read_log(Path::new(&status.log_path))?.stdout();
         self.remove_container(&id).await?;
+        // Logs outlive their containers: the next one of this name must begin with an empty one.
+        fs::remove_file(&status.log_path)?;
         Ok((status, output))
     }
 
@@ -459,10 +462,19 @@ pub struct LogLine {
 }
 
 impl Log {
-    /// Everything that was written, both streams as they came.
+    /// Everything that was written, both streams as they came: between them there is no order.
     pub fn text(&self) -> String {
+        Self::join(self.lines.iter())
+    }
+
+    /// What was written to standard output.
+    pub fn stdout(&self) -> String {
+        Self::join(self.lines.iter().filter(|line| line.stream == "stdout"))
+    }
+
+    fn join<'a>(lines: impl Iterator<Item = &'a LogLine>) -> String {
         let mut all = String::new();
-        for line in &self.lines {
+        for line in lines {
             all.push_str(&line.text);
             if !line.partial {
                 all.push('\n');

@@ -653,7 +653,11 @@ fn body(
                 match state {
                     Some(sent) => Some((Ok(sent), None)),
                     None if stall => std::future::pending().await,
-                    None => Some((Err(io::Error::other("cut off, as the test wishes")), None)),
+                    None => {
+                        // What was sent must be on its way before the connection breaks.
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        Some((Err(io::Error::other("cut off, as the test wishes")), None))
+                    }
                 }
             }))
         }
