@@ -72,7 +72,7 @@ impl Verdict {
 }
 
 /// The error and its causes in one line, each said once.
-fn chain(error: &dyn Error) -> String {
+pub(super) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
