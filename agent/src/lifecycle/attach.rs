@@ -26,10 +26,10 @@ pub struct AttachWish {
 }
 
 impl Lifecycle {
-    /// Connects to a running container. Many clients may be attached.
+    /// Connects to a container that runs or waits for its start. Many clients may be attached.
     ///
     /// # Errors
-    /// `NotFound`; `State` unless it runs; `Lacks` without stdin if input is wished; `Handler`.
+    /// `NotFound`; `State` once it has exited; `Lacks` without stdin if input is wished; `Handler`.
     pub async fn attach(
         self: &Arc<Self>,
         face: Face,
@@ -37,7 +37,8 @@ impl Lifecycle {
         wish: AttachWish,
     ) -> Result<Session, LifecycleError> {
         let container = self.find_container(&self.store.snapshot(), face, id)?;
-        if !container.is_running() {
+        // One that waits for its start may be attached to, so that no output is missed.
+        if container.exit().is_some() {
             return Err(wrong_state(&container, "CONTAINER_RUNNING"));
         }
         if wish.stdin && !container.config.stdin {

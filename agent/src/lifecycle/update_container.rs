@@ -31,8 +31,12 @@ impl Lifecycle {
         if container.exit().is_some() {
             return Err(wrong_state(&container, "CONTAINER_RUNNING"));
         }
+        let mut merged = container.config.resources.clone();
+        merge(&mut merged, wish);
+        spec::check_resources(&merged, self.cgroups.version())?;
+        // All limits are written: some of the kernel's depend on each other.
         let before = spec::linux_resources(&container.config.resources);
-        let changed = spec::linux_resources(wish);
+        let changed = spec::linux_resources(&merged);
         let (cgroups, path) = (Arc::clone(&self.cgroups), container.cgroup.clone());
         blocking::run("update cgroup", move || {
             cgroups.update(&path, &changed).inspect_err(|_| {

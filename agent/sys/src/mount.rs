@@ -189,7 +189,9 @@ pub struct Overlay<'a> {
     pub layers_dir: &'a Path,
     /// Lower directories, topmost first.
     pub lower: &'a [String],
-    /// Upper and work directory; `None` for a read-only tree.
+    /// Upper and work directory; `None` for a read-only tree. It is mounted volatile: nothing is
+    /// synced, neither for programs inside nor when it is unmounted, and a crash of the machine
+    /// makes the upper directory unusable (the kernel refuses to mount it again).
     pub writable: Option<(&'a Path, &'a Path)>,
 }
 
@@ -229,6 +231,7 @@ pub fn overlay_detached(overlay: &Overlay<'_>) -> io::Result<OwnedFd> {
         Some((upper, work)) => {
             rustix::mount::fsconfig_set_string(context.as_fd(), "upperdir", upper)?;
             rustix::mount::fsconfig_set_string(context.as_fd(), "workdir", work)?;
+            rustix::mount::fsconfig_set_flag(context.as_fd(), "volatile")?;
         }
         None => attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY,
     }
@@ -262,6 +265,7 @@ pub fn overlay_at(overlay: &Overlay<'_>, target: &Path) -> io::Result<()> {
             data.push(b'=');
             escape_option(path.as_os_str().as_bytes(), &mut data);
         }
+        data.extend_from_slice(b",volatile");
     }
     rustix::process::chdir(overlay.layers_dir)?;
     let flags = if overlay.writable.is_some() {
