@@ -101,9 +101,9 @@ mod tests {
     #[test]
     fn foreign_tokens_and_sizes_are_refused() {
         let (_, token) = Page::new("x", 1, "").expect("valid").cut([1, 2], key);
-        assert_eq!(Page::new("y", 1, &token), Err(NativeError::PageToken));
+        assert!(matches!(Page::new("y", 1, &token), Err(NativeError::PageToken)));
         for token in ["!", "\u{1}not one", "YQ", &"A".repeat(5000)] {
-            assert_eq!(Page::new("x", 1, token), Err(NativeError::PageToken), "{token:?}");
+            assert!(matches!(Page::new("x", 1, token), Err(NativeError::PageToken)), "{token:?}");
         }
         assert!(matches!(Page::new("x", 1001, ""), Err(NativeError::OutOfRange { .. })));
         assert!(Page::new("x", 1000, "").is_ok());

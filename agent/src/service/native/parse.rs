@@ -1022,3 +1022,456 @@ pub(super) fn log_streams(values: &[i32]) -> Parsed<(bool, bool)> {
 pub(super) fn labels_match(wished: &HashMap<String, String>, labels: &BTreeMap<String, String>) -> bool {
     wished.iter().all(|(key, value)| labels.get(key) == Some(value))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type SandboxChange = fn(&mut pb::SandboxConfig);
+    type ContainerChange = fn(&mut pb::ContainerConfig);
+
+    fn run(change: SandboxChange) -> Parsed<SandboxConfig> {
+        let mut config = pb::SandboxConfig::default();
+        change(&mut config);
+        sandbox(config, || "spare".to_owned())
+    }
+
+    fn create(change: ContainerChange) -> Parsed<ContainerConfig> {
+        let mut config = pb::ContainerConfig {
+            image: "busybox".to_owned(),
+            ..Default::default()
+        };
+        change(&mut config);
+        container(config)
+    }
+
+    /// The field that an error names; empty for a success.
+    fn field<T>(parsed: Parsed<T>) -> String {
+        use crate::service::edge::EdgeError;
+        match parsed {
+            Ok(_) => String::new(),
+            Err(
+                NativeError::OutOfRange { field, .. }
+                | NativeError::Edge(
+                    EdgeError::Invalid { field, .. } | EdgeError::Missing { field } | EdgeError::Conflict { field, .. },
+                ),
+            ) => field,
+            Err(NativeError::NoHandler { .. }) => "config.handler".to_owned(),
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+
+    fn ports(config: &mut pb::SandboxConfig) -> &mut pb::PortMapping {
+        let network = config.network.get_or_insert_default();
+        network.ports = vec![pb::PortMapping {
+            host_port: 8080,
+            ..Default::default()
+        }];
+        &mut network.ports[0]
+    }
+
+    fn sysctl(config: &mut pb::SandboxConfig, name: &str) {
+        config.sysctls.insert(name.to_owned(), "1".to_owned());
+    }
+
+    #[test]
+    fn sandboxes_are_refused_by_field() {
+        let cases: &[(SandboxChange, &str)] = &[
+            (|_| {}, ""),
+            (|c| c.name = "a.b-c_9".to_owned(), ""),
+            (|c| c.name = "-a".to_owned(), "config.name"),
+            (|c| c.name = "A".to_owned(), "config.name"),
+            (|c| c.name = "n".repeat(64), "config.name"),
+            (|c| c.name = "a\nb".to_owned(), "config.name"),
+            (|c| drop(c.labels.insert("k".to_owned(), "v".repeat(65 << 10))), "config.labels"),
+            (|c| drop(c.annotations.insert("k".to_owned(), "v".repeat(65 << 10))), "config.annotations"),
+            (|c| drop(c.labels.insert(String::new(), String::new())), "config.labels"),
+            (|c| c.hostname = "h".repeat(65), "config.hostname"),
+            (|c| c.hostname = "a/b".to_owned(), "config.hostname"),
+            (
+                |c| {
+                    c.hostname = "h".to_owned();
+                    c.network.get_or_insert_default().set_mode(pb::NetworkMode::Host);
+                },
+                "config.hostname",
+            ),
+            (|c| c.network.get_or_insert_default().mode = 9, "config.network.mode"),
+            (
+                |c| {
+                    ports(c);
+                    c.network.get_or_insert_default().set_mode(pb::NetworkMode::None);
+                },
+                "config.network.ports",
+            ),
+            (|c| ports(c).host_port = 0, "config.network.ports[0].host_port"),
+            (|c| ports(c).host_port = 65_536, "config.network.ports[0].host_port"),
+            (|c| ports(c).container_port = 65_536, "config.network.ports[0].container_port"),
+            (|c| ports(c).protocol = 9, "config.network.ports[0].protocol"),
+            (|c| ports(c).host_ip = "localhost".to_owned(), "config.network.ports[0].host_ip"),
+            (|c| ports(c).host_ip = "::1".to_owned(), "config.network.ports[0].host_ip"),
+            (|c| ports(c).host_ip = "127.0.0.1".to_owned(), ""),
+            (|c| c.dns.get_or_insert_default().servers = vec!["x".to_owned()], "config.dns.servers[0]"),
+            (|c| c.dns.get_or_insert_default().servers = vec!["fe80::1%eth0".to_owned()], ""),
+            (|c| c.dns.get_or_insert_default().options = vec!["a b".to_owned()], "config.dns.options[0]"),
+            (|c| sysctl(c, "vm.swappiness"), "config.sysctls[vm.swappiness]"),
+            (|c| sysctl(c, "net.ipv4.ip_forward"), ""),
+            (
+                |c| {
+                    sysctl(c, "kernel.sem");
+                    c.host_ipc = true;
+                },
+                "config.sysctls[kernel.sem]",
+            ),
+            (|c| c.pid_mode = 9, "config.pid_mode"),
+            (|c| c.log_directory = "logs".to_owned(), "config.log_directory"),
+            (|c| c.log_directory = "/a/../b".to_owned(), "config.log_directory"),
+            (|c| c.handler = "kata".to_owned(), "config.handler"),
+        ];
+        for (number, (change, expected)) in cases.iter().enumerate() {
+            assert_eq!(field(run(*change)), *expected, "case {number}");
+        }
+    }
+
+    #[test]
+    fn a_sandbox_gets_the_defaults_of_the_contract() {
+        let config = run(|c| drop(ports(c))).expect("valid");
+        assert_eq!((config.key.name.as_str(), config.hostname.as_str()), ("spare", "spare"));
+        assert_eq!((config.pid, config.network.mode), (PidMode::Container, Mode::Pod));
+        assert_eq!(config.network.ports[0].container_port, 8080);
+        let host = run(|c| c.network.get_or_insert_default().set_mode(pb::NetworkMode::Host)).expect("valid");
+        assert_eq!(host.hostname, "", "the host's own");
+    }
+
+    #[test]
+    fn equal_wishes_are_parsed_equally() {
+        let wish = || pb::SandboxConfig {
+            labels: (0..50).map(|n| (format!("k{n}"), String::new())).collect(),
+            ..Default::default()
+        };
+        let parsed = || sandbox(wish(), || "x".to_owned()).expect("valid");
+        assert_eq!(parsed(), parsed(), "or equal requests would not join");
+        let kept: pb::SandboxConfig = kept(&parsed().request);
+        assert!(kept.labels.is_empty(), "they are in the record already");
+    }
+
+    fn bind(config: &mut pb::ContainerConfig) -> &mut pb::Mount {
+        config.mounts = vec![pb::Mount {
+            target: "/x".to_owned(),
+            source: Some(pb::mount::Source::Bind(pb::BindMount {
+                host_path: "/tmp".to_owned(),
+                ..Default::default()
+            })),
+            ..Default::default()
+        }];
+        &mut config.mounts[0]
+    }
+
+    fn bound(config: &mut pb::ContainerConfig, change: fn(&mut pb::BindMount)) {
+        if let Some(pb::mount::Source::Bind(bind)) = &mut bind(config).source {
+            change(bind);
+        }
+    }
+
+    fn limits(config: &mut pb::ContainerConfig) -> &mut pb::Resources {
+        config.resources.get_or_insert_default()
+    }
+
+    fn seccomp_of(config: &mut pb::ContainerConfig, mode: i32, profile: &str) {
+        config.security.get_or_insert_default().seccomp = Some(pb::Seccomp {
+            mode,
+            profile_json: profile.to_owned(),
+        });
+    }
+
+    fn time(seconds: i64, nanos: i32) -> Option<prost_types::Duration> {
+        Some(prost_types::Duration { seconds, nanos })
+    }
+
+    #[test]
+    fn containers_are_refused_by_field() {
+        let cases: &[(ContainerChange, &str)] = &[
+            (|_| {}, ""),
+            (|c| c.name = "a\nb".to_owned(), "config.name"),
+            (|c| c.image.clear(), "config.image"),
+            (|c| c.image = "UPPER".to_owned(), "config.image"),
+            (|c| c.image = "sha256:abc".to_owned(), ""),
+            (|c| c.command = vec!["a\0".to_owned()], "config.command[0]"),
+            (|c| c.command = vec![String::new()], "config.command[0]"),
+            (|c| c.args = vec!["a".to_owned(), "\0".to_owned()], "config.args[1]"),
+            (|c| drop(c.env.insert("A=B".to_owned(), String::new())), "config.env"),
+            (|c| drop(c.env.insert("A".to_owned(), "\0".to_owned())), "config.env"),
+            (|c| c.working_dir = "srv".to_owned(), "config.working_dir"),
+            (|c| c.user = "a:b:c".to_owned(), "config.user"),
+            (|c| c.user = "a:".to_owned(), "config.user"),
+            (|c| c.user = "-1".to_owned(), "config.user"),
+            (|c| c.user = "4294967296".to_owned(), "config.user"),
+            (|c| c.user = "1000:wheel".to_owned(), ""),
+            (|c| c.stdin_once = true, "config.stdin"),
+            (|c| bind(c).target = "x".to_owned(), "config.mounts[0].target"),
+            (|c| bind(c).target = "/x/../../y".to_owned(), "config.mounts[0].target"),
+            (|c| bind(c).source = None, "config.mounts[0].source"),
+            (|c| bound(c, |b| b.host_path = "tmp".to_owned()), "config.mounts[0].bind.host_path"),
+            (|c| bound(c, |b| b.propagation = 9), "config.mounts[0].bind.propagation"),
+            (|c| bound(c, |b| b.recursive_readonly = true), "config.mounts[0].readonly"),
+            (
+                |c| {
+                    bound(c, |b| {
+                        b.recursive_readonly = true;
+                        b.set_propagation(pb::MountPropagation::Bidirectional);
+                    });
+                    c.mounts[0].readonly = true;
+                },
+                "config.mounts[0].bind.recursive_readonly",
+            ),
+            (
+                |c| {
+                    bind(c).source = Some(pb::mount::Source::Tmpfs(pb::TmpfsMount {
+                        size_bytes: 0,
+                        mode: 0o10000,
+                    }));
+                },
+                "config.mounts[0].tmpfs.mode",
+            ),
+            (
+                |c| {
+                    c.devices = vec![pb::Device {
+                        host_path: "/dev/null".to_owned(),
+                        permissions: "x".to_owned(),
+                        ..Default::default()
+                    }];
+                },
+                "config.devices[0].permissions",
+            ),
+            (|c| limits(c).oom_score_adj = 1001, "config.resources.oom_score_adj"),
+            (|c| limits(c).cpuset_cpus = "all".to_owned(), "config.resources.cpuset_cpus"),
+            (|c| limits(c).cpu_shares = 1, "config.resources.cpu_shares"),
+            (|c| limits(c).cpu_quota = time(0, 999_000), "config.resources.cpu_quota"),
+            (|c| limits(c).cpu_period = time(2, 0), "config.resources.cpu_period"),
+            (
+                |c| {
+                    limits(c).cpu_millis = 500;
+                    limits(c).cpu_shares = 2;
+                },
+                "config.resources.cpu_millis",
+            ),
+            (|c| limits(c).memory_limit_bytes = u64::MAX, "config.resources.memory_limit_bytes"),
+            (|c| limits(c).memory_swap_limit_bytes = 5, "config.resources.memory_limit_bytes"),
+            (
+                |c| {
+                    limits(c).memory_limit_bytes = 6;
+                    limits(c).memory_swap_limit_bytes = 5;
+                },
+                "config.resources.memory_swap_limit_bytes",
+            ),
+            (|c| seccomp_of(c, 9, ""), "config.security.seccomp.mode"),
+            (|c| seccomp_of(c, 3, ""), "config.security.seccomp.profile_json"),
+            (|c| seccomp_of(c, 0, "[]"), "config.security.seccomp.profile_json"),
+            (|c| seccomp_of(c, 2, "{}"), "config.security.seccomp.profile_json"),
+            (|c| seccomp_of(c, 3, "{\"defaultAction\":\"SCMP_ACT_ALLOW\"}"), ""),
+            (
+                |c| {
+                    c.security.get_or_insert_default().masked_paths = Some(pb::PathSet {
+                        paths: vec!["x".to_owned()],
+                    });
+                },
+                "config.security.masked_paths.paths[0]",
+            ),
+            (
+                |c| c.security.get_or_insert_default().add_capabilities = vec![String::new()],
+                "config.security.add_capabilities[0]",
+            ),
+            (
+                |c| {
+                    c.rlimits = vec![pb::Rlimit {
+                        name: "RLIMIT_LUCK".to_owned(),
+                        soft: 1,
+                        hard: 1,
+                    }];
+                },
+                "config.rlimits[0].name",
+            ),
+            (
+                |c| {
+                    c.rlimits = vec![pb::Rlimit {
+                        name: "nofile".to_owned(),
+                        soft: 2,
+                        hard: 1,
+                    }];
+                },
+                "config.rlimits[0].soft",
+            ),
+            (|c| c.stop_signal = "SIGNOPE".to_owned(), "config.stop_signal"),
+            (|c| c.stop_timeout = time(-1, 0), "config.stop_timeout"),
+            (|c| c.stop_timeout = time(0, -1), "config.stop_timeout"),
+            (|c| c.stop_timeout = time(i64::MAX, 0), ""),
+        ];
+        for (number, (change, expected)) in cases.iter().enumerate() {
+            assert_eq!(field(create(*change)), *expected, "case {number}");
+        }
+    }
+
+    #[test]
+    fn a_container_gets_the_defaults_of_the_contract() {
+        let config = create(|_| {}).expect("valid");
+        assert_eq!(config.security.masked_paths, MASKED_PATHS);
+        assert_eq!(config.security.readonly_paths, READONLY_PATHS);
+        assert_eq!(config.security.seccomp, SeccompWish::Default);
+        assert_eq!((config.pid, config.stop_signal, config.stop_timeout), (None, None, STOP_TIMEOUT));
+        let open = create(|c| {
+            c.security = Some(pb::Security {
+                masked_paths: Some(pb::PathSet::default()),
+                readonly_paths: Some(pb::PathSet::default()),
+                ..Default::default()
+            });
+        })
+        .expect("valid");
+        assert!(open.security.masked_paths.is_empty() && open.security.readonly_paths.is_empty());
+        let tmpfs = create(|c| {
+            bind(c).source = Some(pb::mount::Source::Tmpfs(pb::TmpfsMount::default()));
+        })
+        .expect("valid");
+        assert_eq!(tmpfs.mounts[0].options, ["nosuid", "nodev"]);
+        let limit = create(|c| {
+            c.rlimits = vec![pb::Rlimit {
+                name: "nofile".to_owned(),
+                soft: 1,
+                hard: u64::MAX,
+            }];
+        })
+        .expect("valid");
+        assert_eq!(limit.rlimits[0].name, "RLIMIT_NOFILE");
+    }
+
+    #[test]
+    fn limits_become_what_the_kernel_takes() {
+        let check = |change: ContainerChange, expected: (Option<u64>, Option<i64>, Option<u64>, Option<i64>)| {
+            let found = create(change).expect("valid").resources;
+            let found = (
+                found.cpu_period_us,
+                found.cpu_quota_us,
+                found.cpu_shares,
+                found.memory_swap_limit_bytes,
+            );
+            assert_eq!(found, expected);
+        };
+        check(|_| {}, (None, None, None, None));
+        check(|c| limits(c).cpu_millis = 500, (Some(100_000), Some(50_000), Some(512), None));
+        check(|c| limits(c).cpu_millis = 1, (Some(100_000), Some(1000), Some(2), None));
+        check(|c| limits(c).cpu_quota = time(0, 20_000_000), (Some(100_000), Some(20_000), None, None));
+        check(|c| limits(c).memory_limit_bytes = 7, (None, None, None, Some(7)));
+        check(
+            |c| {
+                limits(c).memory_limit_bytes = 7;
+                limits(c).memory_swap_limit_bytes = u64::MAX;
+            },
+            (None, None, None, Some(-1)),
+        );
+    }
+
+    #[test]
+    fn a_log_goes_with_the_container_unless_the_sandbox_says_where() {
+        let defaults = LifecycleChapterConfig::default();
+        let place = |directory| LogPlace {
+            directory,
+            logs_dir: Path::new("/data/logs"),
+            name: "n".to_owned(),
+            defaults: &defaults,
+        };
+        let ours = log(None, place(None)).expect("a log");
+        assert_eq!((ours.path.as_path(), ours.owned), (Path::new("/data/logs/n/0.log"), true));
+        assert_eq!(ours.rotate_bytes, defaults.log_rotate_bytes);
+        let wish = pb::LogConfig {
+            rotate_bytes: 5,
+            ..Default::default()
+        };
+        let theirs = log(Some(&wish), place(Some(Path::new("/var/log/x")))).expect("a log");
+        assert_eq!((theirs.path.as_path(), theirs.owned), (Path::new("/var/log/x/n/0.log"), false));
+        assert_eq!((theirs.rotate_bytes, theirs.keep_files), (5, defaults.log_keep_files));
+        let none = pb::LogConfig {
+            disabled: true,
+            ..Default::default()
+        };
+        assert_eq!(log(Some(&none), place(None)), None);
+    }
+
+    #[test]
+    fn an_exec_is_refused_by_field() {
+        let check = |change: fn(&mut pb::ExecStart), expected: &str| {
+            let mut start = pb::ExecStart {
+                command: vec!["true".to_owned()],
+                ..Default::default()
+            };
+            change(&mut start);
+            assert_eq!(field(exec(start)), expected);
+        };
+        check(|_| {}, "");
+        check(|s| s.command.clear(), "start.command");
+        check(|s| s.working_dir = "x".to_owned(), "start.working_dir");
+        check(|s| s.timeout = time(-1, 0), "start.timeout");
+        check(|s| s.user = ":".to_owned(), "start.user");
+        check(|s| s.terminal_size = Some(pb::TerminalSize::default()), "start.tty");
+        check(
+            |s| {
+                s.tty = true;
+                s.terminal_size = Some(pb::TerminalSize {
+                    columns: 1,
+                    rows: 65_536,
+                });
+            },
+            "start.terminal_size.rows",
+        );
+        let terminal = exec(pb::ExecStart {
+            command: vec!["sh".to_owned()],
+            tty: true,
+            timeout: time(0, 0),
+            ..Default::default()
+        })
+        .expect("valid");
+        assert_eq!((terminal.size, terminal.stderr, terminal.timeout), (Some((80, 24)), false, None));
+    }
+
+    #[test]
+    fn filters_and_the_rest_are_refused_by_field() {
+        assert_eq!(field(face(9)), "face");
+        assert_eq!(field(sandbox_state(9)), "state");
+        assert_eq!(field(container_state(99)), "state");
+        assert_eq!(field(event_kinds(&[1, 99])), "kinds[1]");
+        assert_eq!(field(event_kinds(&[0])), "kinds[0]");
+        assert_eq!(field(log_streams(&[1, 0])), "streams[1]");
+        assert_eq!(log_streams(&[]).ok(), Some((true, true)));
+        assert_eq!(log_streams(&[2]).ok(), Some((false, true)));
+        assert_eq!(field(interval(time(0, 99_000_000).as_ref())), "interval");
+        assert_eq!(interval(None).ok(), Some(Duration::from_secs(1)));
+        assert_eq!(field(tag("a@sha256:00")), "tag");
+        assert_eq!(field(tag(&format!("a@sha256:{}", "0".repeat(64)))), "tag");
+        assert_eq!(field(reference("reference", "a//b")), "reference");
+        assert_eq!(field(signal_number("signal", "")), "signal");
+        assert_eq!(field(signal_number("signal", "TERM\n")), "signal");
+        let platform = |os: &str| {
+            super::platform(Some(pb::Platform {
+                os: os.to_owned(),
+                ..Default::default()
+            }))
+        };
+        assert_eq!(field(platform("li nux")), "platform.os");
+        assert_eq!(platform("").ok(), Some(Platform::host()));
+    }
+
+    #[test]
+    fn credentials_do_not_print() {
+        use pb::registry_auth::Credential;
+        let parse = |credential| {
+            auth(Some(pb::RegistryAuth {
+                credential,
+            }))
+        };
+        let basic = parse(Some(Credential::Basic(pb::BasicAuth {
+            username: "me".to_owned(),
+            password: "hunter2".to_owned(),
+        })));
+        assert!(!format!("{basic:?}").contains("hunter2"));
+        assert_eq!(field(parse(None)), "auth.credential");
+        assert_eq!(field(parse(Some(Credential::RegistryToken(String::new())))), "auth.registry_token");
+        assert_eq!(auth(None).ok(), Some(RegistryAuth::Anonymous));
+    }
+}
