@@ -19,7 +19,9 @@ impl Deadline {
     ///
     /// Source: gRPC over HTTP2, "Timeout".
     pub(super) fn of(metadata: &MetadataMap) -> Self {
-        let text = metadata.get("grpc-timeout").and_then(|value| value.to_str().ok());
+        let text = metadata
+            .get("grpc-timeout")
+            .and_then(|value| value.to_str().ok());
         Self(text.and_then(parse))
     }
 

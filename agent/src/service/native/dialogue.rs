@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 use longshore_proto::longshore::v1 as pb;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -54,7 +54,10 @@ pub(super) trait Dialogue: Send + 'static {
     fn frame(request: Self::Request) -> Frame<Self::Start>;
 
     /// Checks the start and connects.
-    fn open(native: &Native, start: Self::Start) -> impl Future<Output = Result<(Session, ContainerId), Status>> + Send;
+    fn open(
+        native: &Native,
+        start: Self::Start,
+    ) -> impl Future<Output = Result<(Session, ContainerId), Status>> + Send;
 
     fn started(session: &Session) -> Self::Response;
 
@@ -66,7 +69,10 @@ pub(super) trait Dialogue: Send + 'static {
 }
 
 /// Runs a dialogue on its own task.
-pub(super) fn run<D: Dialogue>(native: Native, requests: Streaming<D::Request>) -> Streamed<D::Response> {
+pub(super) fn run<D: Dialogue>(
+    native: Native,
+    requests: Streaming<D::Request>,
+) -> Streamed<D::Response> {
     let (out, responses) = mpsc::channel(BUFFERED);
     tokio::spawn(async move {
         let caller = out.clone();
@@ -86,7 +92,11 @@ pub(super) fn run<D: Dialogue>(native: Native, requests: Streaming<D::Request>) 
 
 type Out<D> = mpsc::Sender<Result<<D as Dialogue>::Response, Status>>;
 
-async fn talk<D: Dialogue>(native: &Native, mut requests: Streaming<D::Request>, out: &Out<D>) -> Result<(), Status> {
+async fn talk<D: Dialogue>(
+    native: &Native,
+    mut requests: Streaming<D::Request>,
+    out: &Out<D>,
+) -> Result<(), Status> {
     let unexpected = || refused(NativeError::Unexpected { expected: "start" });
     let start = match requests.message().await?.map(D::frame) {
         Some(Frame::Start(start)) => start,
@@ -120,10 +130,12 @@ async fn talk<D: Dialogue>(native: &Native, mut requests: Streaming<D::Request>,
                 listening = false;
             }
             _ = &mut output, if copying => copying = false,
-            Some((columns, rows)) = resizes.recv() => {
+            Some(Resize { columns, rows, done }) = resizes.recv() => {
                 if let Err(error) = control.resize(columns, rows).await {
                     tracing::debug!(container_id = %container, error = &error as &dyn std::error::Error, "not resized");
                 }
+                // Nobody waits for it once the caller is gone.
+                let _ = done.send(());
             }
             exit = control.exit() => break exit,
         }
@@ -138,6 +150,13 @@ async fn talk<D: Dialogue>(native: &Native, mut requests: Streaming<D::Request>,
         }
     }
     send::<D>(out, D::exit(native, &container, exit)).await
+}
+
+/// A new size; what the caller sends after it waits until it is set.
+struct Resize {
+    columns: u16,
+    rows: u16,
+    done: oneshot::Sender<()>,
 }
 
 async fn send<D: Dialogue>(out: &Out<D>, response: D::Response) -> Result<(), Status> {
@@ -186,7 +205,7 @@ async fn copy<D: Dialogue>(
 async fn listen<D: Dialogue>(
     mut requests: Streaming<D::Request>,
     mut stdin: Option<Stdin>,
-    sizes: mpsc::Sender<(u16, u16)>,
+    sizes: mpsc::Sender<Resize>,
 ) -> Result<(), Status> {
     while let Some(request) = requests.message().await? {
         match D::frame(request) {
@@ -196,7 +215,12 @@ async fn listen<D: Dialogue>(
             }
             Frame::Stdin(bytes) => {
                 if bytes.len() > parse::STDIN_BYTES {
-                    return Err(refused(NativeError::range("stdin", bytes.len(), 0, parse::STDIN_BYTES)));
+                    return Err(refused(NativeError::range(
+                        "stdin",
+                        bytes.len(),
+                        0,
+                        parse::STDIN_BYTES,
+                    )));
                 }
                 if let Some(pipe) = &mut stdin
                     && pipe.write_all(&bytes).await.is_err()
@@ -207,8 +231,20 @@ async fn listen<D: Dialogue>(
             }
             Frame::CloseStdin => close(stdin.take()).await,
             Frame::Resize(size) => {
-                let size = parse::terminal_size("resize", size).map_err(refused)?;
-                let _ = sizes.send(size).await;
+                let (columns, rows) = parse::terminal_size("resize", size).map_err(refused)?;
+                let (done, is_set) = oneshot::channel();
+                // An error means that the process has ended, and with it all that is left to do.
+                if sizes
+                    .send(Resize {
+                        columns,
+                        rows,
+                        done,
+                    })
+                    .await
+                    .is_ok()
+                {
+                    let _ = is_set.await;
+                }
             }
             Frame::Nothing => return Err(refused(NativeError::missing("frame"))),
         }
@@ -256,7 +292,10 @@ impl Dialogue for Exec {
     }
 
     fn started(session: &Session) -> pb::ExecResponse {
-        let pid = session.pid.and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
+        let pid = session
+            .pid
+            .and_then(|pid| u32::try_from(pid).ok())
+            .unwrap_or(0);
         said(pb::exec_response::Frame::Started(pb::ExecStarted { pid }))
     }
 
@@ -296,7 +335,10 @@ impl Dialogue for Attach {
         }
     }
 
-    async fn open(native: &Native, start: pb::AttachStart) -> Result<(Session, ContainerId), Status> {
+    async fn open(
+        native: &Native,
+        start: pb::AttachStart,
+    ) -> Result<(Session, ContainerId), Status> {
         edge::id("start.container_id", &start.container_id).map_err(refused)?;
         let wish = parse::attach(&start).map_err(refused)?;
         let container = native.container("start.container_id", &start.container_id)?;
@@ -323,7 +365,11 @@ impl Dialogue for Attach {
     }
 
     fn exit(native: &Native, container: &ContainerId, exit: SessionExit) -> pb::AttachResponse {
-        let record = native.agent.store.snapshot().get::<Container>(container.as_str());
+        let record = native
+            .agent
+            .store
+            .snapshot()
+            .get::<Container>(container.as_str());
         let known = record.as_ref().and_then(|container| container.exit());
         heard(pb::attach_response::Frame::Exit(known.map_or_else(
             || pb::Exit {

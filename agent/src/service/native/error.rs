@@ -80,7 +80,11 @@ impl NativeError {
     }
 
     /// A malformed field.
-    pub(super) fn invalid(field: impl Into<String>, value: impl ToString, expected: impl Into<String>) -> Self {
+    pub(super) fn invalid(
+        field: impl Into<String>,
+        value: impl ToString,
+        expected: impl Into<String>,
+    ) -> Self {
         EdgeError::invalid(field, value, expected).into()
     }
 
@@ -115,7 +119,9 @@ impl ToStatus for NativeError {
                 .fact("minimum", minimum)
                 .fact("maximum", maximum),
             Self::PageToken => invalid(ErrorReason::InvalidPageToken).fact("field", "page_token"),
-            Self::Unexpected { expected } => invalid(ErrorReason::UnexpectedMessage).fact("expected", expected),
+            Self::Unexpected { expected } => {
+                invalid(ErrorReason::UnexpectedMessage).fact("expected", expected)
+            }
             Self::KeyReused { key, method } => {
                 Verdict::new(Code::AlreadyExists, ErrorReason::IdempotencyKeyReused)
                     .fact("key", key)
@@ -129,7 +135,9 @@ impl ToStatus for NativeError {
                     .fact("id", id)
                     .fact("name", name)
             }
-            Self::Cancelled { id } => Verdict::new(Code::Cancelled, ErrorReason::Cancelled).fact("operation_id", id),
+            Self::Cancelled { id } => {
+                Verdict::new(Code::Cancelled, ErrorReason::Cancelled).fact("operation_id", id)
+            }
             Self::NoHandler { handler } => invalid(ErrorReason::UnknownHandler)
                 .fact("handler", handler)
                 .fact("field", "config.handler"),
@@ -138,10 +146,14 @@ impl ToStatus for NativeError {
                     .fact("image", image)
                     .fact("holder", holder)
             }
-            Self::Deadline { stage, seconds } => Verdict::new(Code::DeadlineExceeded, ErrorReason::Deadline)
-                .fact("stage", stage)
-                .fact("stage_seconds", seconds),
-            Self::Log(_) => Verdict::new(Code::Internal, ErrorReason::System).fact("step", "read log"),
+            Self::Deadline { stage, seconds } => {
+                Verdict::new(Code::DeadlineExceeded, ErrorReason::Deadline)
+                    .fact("stage", stage)
+                    .fact("stage_seconds", seconds)
+            }
+            Self::Log(_) => {
+                Verdict::new(Code::Internal, ErrorReason::System).fact("step", "read log")
+            }
         }
     }
 }
@@ -150,15 +162,25 @@ impl ToStatus for NativeError {
 pub(super) fn refused_config(error: &LifecycleError) -> Status {
     let field = match error.root() {
         LifecycleError::Spec(error) => spec_field(error),
-        LifecycleError::Network(NetworkError::PortInvalid { index, .. }) => Some(format!("network.ports[{index}]")),
+        LifecycleError::Network(NetworkError::PortInvalid { index, .. }) => {
+            Some(format!("network.ports[{index}]"))
+        }
         LifecycleError::Image(ImageError::Reference(_)) => Some("image".to_owned()),
-        LifecycleError::Cgroup(error) | LifecycleError::Handler(HandlerError::Cgroup(error)) => cgroup_field(error),
-        LifecycleError::Handler(HandlerError::Seccomp { .. }) => Some("security.seccomp.profile_json".to_owned()),
+        LifecycleError::Cgroup(error) | LifecycleError::Handler(HandlerError::Cgroup(error)) => {
+            cgroup_field(error)
+        }
+        LifecycleError::Handler(HandlerError::Seccomp { .. }) => {
+            Some("security.seccomp.profile_json".to_owned())
+        }
         _ => None,
     };
     match field {
-        Some(field) => NativeError::invalid(format!("config.{field}"), error.root(), "a value that this host can apply")
-            .to_status(),
+        Some(field) => NativeError::invalid(
+            format!("config.{field}"),
+            error.root(),
+            "a value that this host can apply",
+        )
+        .to_status(),
         None => error.to_status(),
     }
 }

@@ -35,7 +35,10 @@ struct Filter {
 
 impl Filter {
     fn new(request: pb::WatchRequest, at: &Snapshot) -> Result<Self, Status> {
-        for (field, id) in [("sandbox_id", &request.sandbox_id), ("container_id", &request.container_id)] {
+        for (field, id) in [
+            ("sandbox_id", &request.sandbox_id),
+            ("container_id", &request.container_id),
+        ] {
             edge::text(field, id, 128).map_err(refused)?;
         }
         let mut filter = Self {
@@ -76,11 +79,17 @@ impl Filter {
         let (id, labels) = match (&what.container_id, &what.sandbox_id) {
             (Some(id), _) => {
                 let record = at.get::<Container>(id.as_str());
-                (id.to_string(), record.map(|container| container.config.labels.clone()))
+                (
+                    id.to_string(),
+                    record.map(|container| container.config.labels.clone()),
+                )
             }
             (None, Some(id)) => {
                 let record = at.get::<Sandbox>(id.as_str());
-                (id.to_string(), record.map(|sandbox| sandbox.config.labels.clone()))
+                (
+                    id.to_string(),
+                    record.map(|sandbox| sandbox.config.labels.clone()),
+                )
             }
             (None, None) => return false,
         };
@@ -171,7 +180,10 @@ impl Watching {
 impl EventService for Native {
     type WatchStream = Streamed<pb::WatchResponse>;
 
-    async fn watch(&self, request: Request<pb::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        request: Request<pb::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         let request = request.into_inner();
         let newest = self.agent.events.newest();
         let from = request.cursor.map_or(newest, |cursor| Cursor {
@@ -192,13 +204,16 @@ impl EventService for Native {
                 cursor: Some(render::cursor(from)),
             }]),
         };
-        Ok(Response::new(Box::pin(stream::unfold(Some(watching), |state| async {
-            let mut watching = state?;
-            match watching.next().await {
-                Ok(Some(message)) => Some((Ok(message), Some(watching))),
-                Ok(None) => None,
-                Err(status) => Some((Err(status), None)),
-            }
-        }))))
+        Ok(Response::new(Box::pin(stream::unfold(
+            Some(watching),
+            |state| async {
+                let mut watching = state?;
+                match watching.next().await {
+                    Ok(Some(message)) => Some((Ok(message), Some(watching))),
+                    Ok(None) => None,
+                    Err(status) => Some((Err(status), None)),
+                }
+            },
+        ))))
     }
 }

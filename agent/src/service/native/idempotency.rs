@@ -49,9 +49,18 @@ pub(super) trait Change: Send + 'static {
 /// Requires a key that can be kept.
 pub(super) fn check_key(key: &str) -> Result<(), NativeError> {
     if key.len() > KEY_BYTES {
-        return Err(NativeError::range("idempotency_key", key.len(), 0, KEY_BYTES));
+        return Err(NativeError::range(
+            "idempotency_key",
+            key.len(),
+            0,
+            KEY_BYTES,
+        ));
     }
-    Ok(crate::service::edge::text("idempotency_key", key, KEY_BYTES)?)
+    Ok(crate::service::edge::text(
+        "idempotency_key",
+        key,
+        KEY_BYTES,
+    )?)
 }
 
 /// Wishes may hold secrets with little to guess: the digest is worth nothing outside this process.
@@ -237,7 +246,10 @@ impl Idempotency {
         content: &Digest,
     ) -> Result<Option<A>, Status> {
         let table = self.table.lock().expect("no panic while this lock is held");
-        let Some(entry) = table.get(&(method, key.to_owned())).filter(|entry| entry.at.elapsed() < KEPT) else {
+        let Some(entry) = table
+            .get(&(method, key.to_owned()))
+            .filter(|entry| entry.at.elapsed() < KEPT)
+        else {
             return Ok(None);
         };
         if entry.content != *content {
@@ -251,7 +263,13 @@ impl Idempotency {
     }
 
     /// Keeps the result of such a stream.
-    pub(super) fn keep(&self, method: &'static str, key: &str, content: Digest, answer: &impl Message) {
+    pub(super) fn keep(
+        &self,
+        method: &'static str,
+        key: &str,
+        content: Digest,
+        answer: &impl Message,
+    ) {
         let mut table = self.table.lock().expect("no panic while this lock is held");
         make_room(&mut table);
         let entry = Entry {
@@ -284,7 +302,10 @@ fn is_final(outcome: &Outcome) -> bool {
         Ok(_) => true,
         Err(status) => matches!(
             status.code(),
-            Code::NotFound | Code::AlreadyExists | Code::FailedPrecondition | Code::PermissionDenied
+            Code::NotFound
+                | Code::AlreadyExists
+                | Code::FailedPrecondition
+                | Code::PermissionDenied
         ),
     }
 }
@@ -292,7 +313,10 @@ fn is_final(outcome: &Outcome) -> bool {
 fn make_room(table: &mut HashMap<(&'static str, String), Entry>) {
     table.retain(|_, entry| entry.at.elapsed() < KEPT);
     while table.len() >= ENTRIES {
-        let oldest = table.iter().min_by_key(|(_, entry)| entry.at).map(|(at, _)| at.clone());
+        let oldest = table
+            .iter()
+            .min_by_key(|(_, entry)| entry.at)
+            .map(|(at, _)| at.clone());
         let Some(oldest) = oldest else { return };
         table.remove(&oldest);
     }
@@ -304,7 +328,12 @@ mod tests {
 
     use super::*;
 
-    fn answer(keys: &Idempotency, count: &Arc<AtomicU32>, key: &str, content: &str) -> BoxFuture<'static, Result<u32, Status>> {
+    fn answer(
+        keys: &Idempotency,
+        count: &Arc<AtomicU32>,
+        key: &str,
+        content: &str,
+    ) -> BoxFuture<'static, Result<u32, Status>> {
         let (keys, key, content) = (keys.clone(), key.to_owned(), digest(&[content.as_bytes()]));
         let count = Arc::clone(count);
         async move {
@@ -320,12 +349,21 @@ mod tests {
     #[tokio::test]
     async fn equal_wishes_share_one_result_and_others_are_refused() {
         let (keys, count) = (Idempotency::default(), Arc::default());
-        let (one, two) = tokio::join!(answer(&keys, &count, "k", "a"), answer(&keys, &count, "k", "a"));
+        let (one, two) = tokio::join!(
+            answer(&keys, &count, "k", "a"),
+            answer(&keys, &count, "k", "a")
+        );
         assert_eq!((one.ok(), two.ok()), (Some(1), Some(1)), "joined");
         assert_eq!(answer(&keys, &count, "k", "a").await.ok(), Some(1), "kept");
-        let other = answer(&keys, &count, "k", "b").await.expect_err("another wish");
+        let other = answer(&keys, &count, "k", "b")
+            .await
+            .expect_err("another wish");
         assert_eq!(other.code(), Code::AlreadyExists);
-        assert_eq!(answer(&keys, &count, "l", "b").await.ok(), Some(2), "another key");
+        assert_eq!(
+            answer(&keys, &count, "l", "b").await.ok(),
+            Some(2),
+            "another key"
+        );
     }
 
     #[tokio::test]
@@ -339,7 +377,9 @@ mod tests {
                     count.fetch_add(1, Ordering::Relaxed);
                     Err::<u32, _>(Status::new(code, "no"))
                 };
-                let failed = keys.once("Test", code.description(), digest(&[]), work).await;
+                let failed = keys
+                    .once("Test", code.description(), digest(&[]), work)
+                    .await;
                 assert_eq!(failed.expect_err("fails").code(), code);
             }
             assert_eq!(count.load(Ordering::Relaxed), tries, "{code:?}");
@@ -350,8 +390,14 @@ mod tests {
     async fn work_whose_callers_left_is_begun_again() {
         let keys = Idempotency::default();
         let stuck = keys.once::<u32>("Test", "k", digest(&[]), std::future::pending());
-        assert!(tokio::time::timeout(Duration::from_millis(1), stuck).await.is_err());
-        let again = keys.once::<u32>("Test", "k", digest(&[]), std::future::ready(Ok(7))).await;
+        assert!(
+            tokio::time::timeout(Duration::from_millis(1), stuck)
+                .await
+                .is_err()
+        );
+        let again = keys
+            .once::<u32>("Test", "k", digest(&[]), std::future::ready(Ok(7)))
+            .await;
         assert_eq!(again.ok(), Some(7));
     }
 
@@ -362,7 +408,10 @@ mod tests {
             keys.keep("Test", &number.to_string(), digest(&[]), &1_u32);
         }
         assert_eq!(keys.table.lock().expect("no panic").len(), ENTRIES);
-        assert!(keys.earlier::<u32>("Test", "0", &digest(&[])).is_ok_and(|found| found.is_none()));
+        assert!(
+            keys.earlier::<u32>("Test", "0", &digest(&[]))
+                .is_ok_and(|found| found.is_none())
+        );
     }
 
     #[test]

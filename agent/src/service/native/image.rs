@@ -15,7 +15,9 @@ use super::{
 };
 use crate::{
     id::{Face, ImageId},
-    image::{Image, ImageError, ImageRef, PruneRequest, PrunedKind, PullRequest, Removal, RemoveRequest},
+    image::{
+        Image, ImageError, ImageRef, PruneRequest, PrunedKind, PullRequest, Removal, RemoveRequest,
+    },
     lifecycle::container::Container,
     service::status::ToStatus as _,
     store::Snapshot,
@@ -32,11 +34,19 @@ impl Native {
             .images
             .find(at, name)
             .map_err(refused)?
-            .ok_or_else(|| refused(ImageError::Unknown { name: name.to_owned() }))
+            .ok_or_else(|| {
+                refused(ImageError::Unknown {
+                    name: name.to_owned(),
+                })
+            })
     }
 
     /// A pull as a stream: pictures, then its result. Dropping it leaves the pull.
-    fn pull(&self, request: PullRequest, done: impl FnOnce(&pb::PulledImage) + Send + 'static) -> Streamed<pb::PullImageResponse> {
+    fn pull(
+        &self,
+        request: PullRequest,
+        done: impl FnOnce(&pb::PulledImage) + Send + 'static,
+    ) -> Streamed<pb::PullImageResponse> {
         let (pull, cancelled) = self.begin_pull(request);
         let mut progress = pull.progress();
         progress.mark_changed();
@@ -79,10 +89,18 @@ impl Native {
         }))
     }
 
-    async fn remove(self, request: pb::RemoveImageRequest) -> Result<pb::RemoveImageResponse, Status> {
+    async fn remove(
+        self,
+        request: pb::RemoveImageRequest,
+    ) -> Result<pb::RemoveImageResponse, Status> {
         parse::image("image", &request.image).map_err(refused)?;
         let at = self.agent.store.snapshot();
-        let Some(image) = self.agent.images.find(&at, &request.image).map_err(refused)? else {
+        let Some(image) = self
+            .agent
+            .images
+            .find(&at, &request.image)
+            .map_err(refused)?
+        else {
             return Ok(pb::RemoveImageResponse::default());
         };
         let protected = |holder: &str| {
@@ -108,7 +126,9 @@ impl Native {
         match removed {
             Removal::Absent => Ok(pb::RemoveImageResponse::default()),
             // Ours has gone; another face's is not ours to take.
-            Removal::KeptFor(_, Face::Cri | Face::Native) if image.faces.contains(&Face::Native) => {
+            Removal::KeptFor(_, Face::Cri | Face::Native)
+                if image.faces.contains(&Face::Native) =>
+            {
                 Ok(pb::RemoveImageResponse::default())
             }
             Removal::KeptFor(_, Face::Cri) => Err(protected("face/cri")),
@@ -118,13 +138,23 @@ impl Native {
                 removed_image_id: id.to_string(),
             }),
             Removal::Untagged(id) => Ok(pb::RemoveImageResponse {
-                removed_references: lost_names(&image, self.agent.store.snapshot().get::<Image>(id.as_str()).as_deref()),
+                removed_references: lost_names(
+                    &image,
+                    self.agent
+                        .store
+                        .snapshot()
+                        .get::<Image>(id.as_str())
+                        .as_deref(),
+                ),
                 removed_image_id: String::new(),
             }),
         }
     }
 
-    async fn prune(self, request: pb::PruneImagesRequest) -> Result<pb::PruneImagesResponse, Status> {
+    async fn prune(
+        self,
+        request: pb::PruneImagesRequest,
+    ) -> Result<pb::PruneImagesResponse, Status> {
         let before = self.agent.store.snapshot();
         let prune = PruneRequest {
             face: Face::Native,
@@ -167,7 +197,9 @@ impl Native {
             (true, ..) => (pb::PruneReason::Unused, String::new()),
             (false, Some(holder), ..) => (pb::PruneReason::InUse, holder),
             (false, None, true, _) => (pb::PruneReason::Pinned, "pin".to_owned()),
-            (false, None, false, Some(Face::Cri | Face::Native)) => (pb::PruneReason::OtherFace, "face/cri".to_owned()),
+            (false, None, false, Some(Face::Cri | Face::Native)) => {
+                (pb::PruneReason::OtherFace, "face/cri".to_owned())
+            }
             (false, None, false, None) => (pb::PruneReason::Busy, String::new()),
         };
         let references = if image.tags.is_empty() {
@@ -187,7 +219,9 @@ impl Native {
 }
 
 fn said(update: pb::pull_image_response::Update) -> pb::PullImageResponse {
-    pb::PullImageResponse { update: Some(update) }
+    pb::PullImageResponse {
+        update: Some(update),
+    }
 }
 
 /// The text is one of the image's names, not its id.
@@ -232,12 +266,19 @@ impl ImageService for Native {
         if key.is_empty() {
             return Ok(Response::new(self.pull(wish, |_| {})));
         }
-        if let Some(pulled) = self.idempotency.earlier::<pb::PulledImage>(PULL, &key, &content)? {
+        if let Some(pulled) = self
+            .idempotency
+            .earlier::<pb::PulledImage>(PULL, &key, &content)?
+        {
             let update = pb::pull_image_response::Update::Result(pulled);
-            return Ok(Response::new(Box::pin(stream::once(async { Ok(said(update)) }))));
+            return Ok(Response::new(Box::pin(stream::once(async {
+                Ok(said(update))
+            }))));
         }
         let keys = self.idempotency.clone();
-        Ok(Response::new(self.pull(wish, move |pulled| keys.keep(PULL, &key, content, pulled))))
+        Ok(Response::new(self.pull(wish, move |pulled| {
+            keys.keep(PULL, &key, content, pulled)
+        })))
     }
 
     async fn list_images(
@@ -251,7 +292,11 @@ impl ImageService for Native {
             self.agent.images.list(&at)
         } else {
             parse::image("image", &request.image).map_err(refused)?;
-            let found = self.agent.images.find(&at, &request.image).map_err(refused)?;
+            let found = self
+                .agent
+                .images
+                .find(&at, &request.image)
+                .map_err(refused)?;
             found.into_iter().collect()
         };
         let found = found
@@ -264,13 +309,21 @@ impl ImageService for Native {
         }))
     }
 
-    async fn get_image(&self, request: Request<pb::GetImageRequest>) -> Result<Response<pb::GetImageResponse>, Status> {
+    async fn get_image(
+        &self,
+        request: Request<pb::GetImageRequest>,
+    ) -> Result<Response<pb::GetImageResponse>, Status> {
         let request = request.into_inner();
         let at = self.agent.store.snapshot();
         let image = self.image(&at, &request.image)?;
         let layers = self.agent.images.layers(&at, &image).map_err(refused)?;
         let config_json = if request.verbose {
-            let raw = self.agent.images.raw_config(&image.id).await.map_err(refused)?;
+            let raw = self
+                .agent
+                .images
+                .raw_config(&image.id)
+                .await
+                .map_err(refused)?;
             String::from_utf8_lossy(&raw).into_owned()
         } else {
             String::new()
@@ -288,7 +341,10 @@ impl ImageService for Native {
         }))
     }
 
-    async fn tag_image(&self, request: Request<pb::TagImageRequest>) -> Result<Response<pb::TagImageResponse>, Status> {
+    async fn tag_image(
+        &self,
+        request: Request<pb::TagImageRequest>,
+    ) -> Result<Response<pb::TagImageResponse>, Status> {
         let work = |native: Self, request: pb::TagImageRequest| async move {
             parse::image("image", &request.image).map_err(refused)?;
             let tag = parse::tag(&request.tag).map_err(refused)?;

@@ -35,7 +35,12 @@ impl Native {
     /// Where a new container's log goes.
     ///
     /// By name, so that an equal wish is an equal operation; ids are not known yet.
-    fn log(&self, wished: Option<&pb::LogConfig>, sandbox: &Sandbox, name: &str) -> Option<LogWish> {
+    fn log(
+        &self,
+        wished: Option<&pb::LogConfig>,
+        sandbox: &Sandbox,
+        name: &str,
+    ) -> Option<LogWish> {
         let directory = sandbox.config.log_directory.as_deref();
         let name = match (directory, name) {
             (_, "") => random_name(16),
@@ -52,7 +57,8 @@ impl Native {
     }
 
     async fn run(self, request: pb::RunSandboxRequest) -> Result<pb::RunSandboxResponse, Status> {
-        let config = parse::sandbox(request.config.unwrap_or_default(), || random_name(12)).map_err(refused)?;
+        let config = parse::sandbox(request.config.unwrap_or_default(), || random_name(12))
+            .map_err(refused)?;
         let id = self
             .lifecycle()
             .run_pod_sandbox(config)
@@ -64,7 +70,10 @@ impl Native {
         })
     }
 
-    async fn create(self, request: pb::CreateContainerRequest) -> Result<pb::CreateContainerResponse, Status> {
+    async fn create(
+        self,
+        request: pb::CreateContainerRequest,
+    ) -> Result<pb::CreateContainerResponse, Status> {
         edge::id("sandbox_id", &request.sandbox_id).map_err(refused)?;
         let wished = request
             .config
@@ -84,10 +93,15 @@ impl Native {
     }
 
     fn rendered(&self, id: &ContainerId) -> Result<pb::Container, Status> {
-        Ok(render::container(&*self.container("container_id", id.as_str())?))
+        Ok(render::container(
+            &*self.container("container_id", id.as_str())?,
+        ))
     }
 
-    async fn start(self, request: pb::StartContainerRequest) -> Result<pb::StartContainerResponse, Status> {
+    async fn start(
+        self,
+        request: pb::StartContainerRequest,
+    ) -> Result<pb::StartContainerResponse, Status> {
         let container = self.container("container_id", &request.container_id)?;
         self.lifecycle()
             .start_container(Face::Native, container.id.as_str())
@@ -98,11 +112,17 @@ impl Native {
         })
     }
 
-    async fn stop(self, request: pb::StopContainerRequest) -> Result<pb::StopContainerResponse, Status> {
+    async fn stop(
+        self,
+        request: pb::StopContainerRequest,
+    ) -> Result<pb::StopContainerResponse, Status> {
         edge::id("container_id", &request.container_id).map_err(refused)?;
-        let grace = parse::optional_duration("timeout", request.timeout.as_ref()).map_err(refused)?;
+        let grace =
+            parse::optional_duration("timeout", request.timeout.as_ref()).map_err(refused)?;
         let at = self.agent.store.snapshot();
-        let found = self.lifecycle().find_container(&at, Face::Native, &request.container_id);
+        let found = self
+            .lifecycle()
+            .find_container(&at, Face::Native, &request.container_id);
         let Some(container) = if_found(found).map_err(refused)? else {
             return Ok(pb::StopContainerResponse::default());
         };
@@ -110,7 +130,11 @@ impl Native {
             .stop_container(Face::Native, container.id.as_str(), grace)
             .await
             .map_err(refused)?;
-        let stopped = self.agent.store.snapshot().get::<Container>(container.id.as_str());
+        let stopped = self
+            .agent
+            .store
+            .snapshot()
+            .get::<Container>(container.id.as_str());
         Ok(pb::StopContainerResponse {
             container: stopped.map(|container| render::container(&container)),
         })
@@ -132,7 +156,11 @@ impl Native {
         Ok(wish)
     }
 
-    fn matching_sandboxes(&self, at: &Snapshot, request: &pb::ListSandboxesRequest) -> Result<Vec<Arc<Sandbox>>, Status> {
+    fn matching_sandboxes(
+        &self,
+        at: &Snapshot,
+        request: &pb::ListSandboxesRequest,
+    ) -> Result<Vec<Arc<Sandbox>>, Status> {
         let (state, face) = (
             parse::sandbox_state(request.state).map_err(refused)?,
             parse::face(request.face).map_err(refused)?,
@@ -177,20 +205,35 @@ impl Native {
             id => {
                 edge::id("container_id", id).map_err(refused)?;
                 let found = self.lifecycle().find_container(at, Face::Native, id);
-                if_found(found).map_err(refused)?.into_iter().collect::<Vec<_>>()
+                if_found(found)
+                    .map_err(refused)?
+                    .into_iter()
+                    .collect::<Vec<_>>()
             }
         };
         Ok(candidates
             .into_iter()
-            .filter(|container| sandbox.as_ref().is_none_or(|id| container.sandbox_id == *id))
+            .filter(|container| {
+                sandbox
+                    .as_ref()
+                    .is_none_or(|id| container.sandbox_id == *id)
+            })
             .filter(|container| request.name.is_empty() || container.config.name == request.name)
-            .filter(|container| state.is_none_or(|state| render::container_state(container) == state))
+            .filter(|container| {
+                state.is_none_or(|state| render::container_state(container) == state)
+            })
             .filter(|container| face.is_none_or(|face| container.config.face == face))
-            .filter(|container| parse::labels_match(&request.label_selector, &container.config.labels))
+            .filter(|container| {
+                parse::labels_match(&request.label_selector, &container.config.labels)
+            })
             .collect())
     }
 
-    pub(super) fn one_sandbox(&self, at: &Snapshot, id: &str) -> Result<Option<Arc<Sandbox>>, Status> {
+    pub(super) fn one_sandbox(
+        &self,
+        at: &Snapshot,
+        id: &str,
+    ) -> Result<Option<Arc<Sandbox>>, Status> {
         if_found(self.lifecycle().find_sandbox(at, Face::Native, id)).map_err(refused)
     }
 }
@@ -220,7 +263,8 @@ impl LifecycleService for Native {
     ) -> Result<Response<pb::StopSandboxResponse>, Status> {
         let work = |native: Self, request: pb::StopSandboxRequest| async move {
             edge::id("sandbox_id", &request.sandbox_id).map_err(refused)?;
-            let grace = parse::optional_duration("timeout", request.timeout.as_ref()).map_err(refused)?;
+            let grace =
+                parse::optional_duration("timeout", request.timeout.as_ref()).map_err(refused)?;
             native
                 .lifecycle()
                 .stop_pod_sandbox(Face::Native, &request.sandbox_id, grace)
@@ -255,10 +299,14 @@ impl LifecycleService for Native {
         let sandbox = self.sandbox("sandbox_id", &request.sandbox_id)?;
         let at = self.agent.store.snapshot();
         let mut containers = self.lifecycle().containers_of(&at, &sandbox.id);
-        containers.sort_by_key(|container| newest_first(container.created_at, container.id.as_str()));
+        containers
+            .sort_by_key(|container| newest_first(container.created_at, container.id.as_str()));
         let mut response = pb::GetSandboxResponse {
             sandbox: Some(render::sandbox(&sandbox, containers.len())),
-            containers: containers.iter().map(|container| render::container(container)).collect(),
+            containers: containers
+                .iter()
+                .map(|container| render::container(container))
+                .collect(),
             ..Default::default()
         };
         if request.verbose {
@@ -273,13 +321,18 @@ impl LifecycleService for Native {
         request: Request<pb::ListSandboxesRequest>,
     ) -> Result<Response<pb::ListSandboxesResponse>, Status> {
         let request = request.into_inner();
-        let page = Page::new("sandboxes", request.page_size, &request.page_token).map_err(refused)?;
+        let page =
+            Page::new("sandboxes", request.page_size, &request.page_token).map_err(refused)?;
         let at = self.agent.store.snapshot();
         let found = self.matching_sandboxes(&at, &request)?;
-        let (sandboxes, next_page_token) =
-            page.cut(found, |sandbox| newest_first(sandbox.created_at, sandbox.id.as_str()));
+        let (sandboxes, next_page_token) = page.cut(found, |sandbox| {
+            newest_first(sandbox.created_at, sandbox.id.as_str())
+        });
         Ok(Response::new(pb::ListSandboxesResponse {
-            sandboxes: sandboxes.iter().map(|sandbox| self.render_sandbox(&at, sandbox)).collect(),
+            sandboxes: sandboxes
+                .iter()
+                .map(|sandbox| self.render_sandbox(&at, sandbox))
+                .collect(),
             next_page_token,
         }))
     }
@@ -350,7 +403,8 @@ impl LifecycleService for Native {
         };
         if request.verbose {
             response.config = render::container_config(&container);
-            response.oci_spec_json = serde_json::to_string(&container.spec).expect("specifications have string keys");
+            response.oci_spec_json =
+                serde_json::to_string(&container.spec).expect("specifications have string keys");
             response.info_json = render::container_info(self.lifecycle(), &container);
         }
         Ok(Response::new(response))
@@ -361,12 +415,17 @@ impl LifecycleService for Native {
         request: Request<pb::ListContainersRequest>,
     ) -> Result<Response<pb::ListContainersResponse>, Status> {
         let request = request.into_inner();
-        let page = Page::new("containers", request.page_size, &request.page_token).map_err(refused)?;
+        let page =
+            Page::new("containers", request.page_size, &request.page_token).map_err(refused)?;
         let found = self.matching_containers(&self.agent.store.snapshot(), &request)?;
-        let (containers, next_page_token) =
-            page.cut(found, |container| newest_first(container.created_at, container.id.as_str()));
+        let (containers, next_page_token) = page.cut(found, |container| {
+            newest_first(container.created_at, container.id.as_str())
+        });
         Ok(Response::new(pb::ListContainersResponse {
-            containers: containers.iter().map(|container| render::container(container)).collect(),
+            containers: containers
+                .iter()
+                .map(|container| render::container(container))
+                .collect(),
             next_page_token,
         }))
     }
@@ -386,7 +445,10 @@ impl LifecycleService for Native {
             exit.map_err(refused)
         };
         let exit = deadline
-            .limit(|| ("wait for the container's exit".to_owned(), since), waiting)
+            .limit(
+                || ("wait for the container's exit".to_owned(), since),
+                waiting,
+            )
             .await?;
         Ok(Response::new(pb::WaitContainerResponse {
             exit: Some(render::exit(&exit)),
@@ -394,25 +456,40 @@ impl LifecycleService for Native {
         }))
     }
 
-    async fn exec(&self, request: Request<Streaming<pb::ExecRequest>>) -> Result<Response<Self::ExecStream>, Status> {
+    async fn exec(
+        &self,
+        request: Request<Streaming<pb::ExecRequest>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
         // Answered before the first message comes: a caller may wait for that before it sends.
-        Ok(Response::new(dialogue::run::<Exec>(self.clone(), request.into_inner())))
+        Ok(Response::new(dialogue::run::<Exec>(
+            self.clone(),
+            request.into_inner(),
+        )))
     }
 
     async fn attach(
         &self,
         request: Request<Streaming<pb::AttachRequest>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
-        Ok(Response::new(dialogue::run::<Attach>(self.clone(), request.into_inner())))
+        Ok(Response::new(dialogue::run::<Attach>(
+            self.clone(),
+            request.into_inner(),
+        )))
     }
 
-    async fn logs(&self, request: Request<pb::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
+    async fn logs(
+        &self,
+        request: Request<pb::LogsRequest>,
+    ) -> Result<Response<Self::LogsStream>, Status> {
         let request = request.into_inner();
         let container = self.container("container_id", &request.container_id)?;
         self.log_stream(&container, request).map(Response::new)
     }
 
-    async fn stats(&self, request: Request<pb::StatsRequest>) -> Result<Response<Self::StatsStream>, Status> {
+    async fn stats(
+        &self,
+        request: Request<pb::StatsRequest>,
+    ) -> Result<Response<Self::StatsStream>, Status> {
         let request = request.into_inner();
         let interval = parse::interval(request.interval.as_ref()).map_err(refused)?;
         let one_shot = request.one_shot;

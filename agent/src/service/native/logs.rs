@@ -39,7 +39,11 @@ impl Native {
             stderr,
         };
         let id = container.id.to_string();
-        let log = container.config.log.as_ref().ok_or_else(|| refused(no_log(&id)))?;
+        let log = container
+            .config
+            .log
+            .as_ref()
+            .ok_or_else(|| refused(no_log(&id)))?;
         let entries = logs::read(log.path.clone(), options, self.running(container));
         let messages = entries
             .ready_chunks(ENTRIES)
@@ -50,7 +54,10 @@ impl Native {
     /// Becomes false when the container has ended; nobody waits for that once it is not asked.
     fn running(&self, container: &Container) -> watch::Receiver<bool> {
         let (running, receiver) = watch::channel(container.exit().is_none());
-        let (lifecycle, id) = (std::sync::Arc::clone(self.lifecycle()), container.id.clone());
+        let (lifecycle, id) = (
+            std::sync::Arc::clone(self.lifecycle()),
+            container.id.clone(),
+        );
         if container.exit().is_none() {
             tokio::spawn(async move {
                 tokio::select! {
@@ -72,7 +79,10 @@ fn no_log(id: &str) -> LifecycleError {
 }
 
 /// What was read at once: entries, and an error behind them.
-fn messages(chunk: Vec<Result<LogEntry, LogError>>, id: &str) -> Vec<Result<pb::LogsResponse, Status>> {
+fn messages(
+    chunk: Vec<Result<LogEntry, LogError>>,
+    id: &str,
+) -> Vec<Result<pb::LogsResponse, Status>> {
     let mut entries = Vec::with_capacity(chunk.len());
     let mut failed = None;
     for entry in chunk {
@@ -122,7 +132,11 @@ mod tests {
         let shape = |chunk| -> Vec<Result<usize, tonic::Code>> {
             messages(chunk, "id")
                 .into_iter()
-                .map(|message| message.map(|message| message.entries.len()).map_err(|status| status.code()))
+                .map(|message| {
+                    message
+                        .map(|message| message.entries.len())
+                        .map_err(|status| status.code())
+                })
                 .collect()
         };
         assert_eq!(shape(vec![entry(), entry()]), [Ok(2)]);
@@ -130,6 +144,9 @@ mod tests {
             shape(vec![entry(), missing()]),
             [Ok(1), Err(tonic::Code::FailedPrecondition)]
         );
-        assert_eq!(shape(vec![missing()]), [Err(tonic::Code::FailedPrecondition)]);
+        assert_eq!(
+            shape(vec![missing()]),
+            [Err(tonic::Code::FailedPrecondition)]
+        );
     }
 }

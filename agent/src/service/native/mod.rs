@@ -45,7 +45,7 @@ type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// The six services of `longshore.v1` over one agent.
 #[derive(Clone)]
-pub struct Native {
+pub(super) struct Native {
     agent: Arc<Agent>,
     idempotency: Idempotency,
     pulls: Pulls,
@@ -54,7 +54,7 @@ pub struct Native {
 
 impl Native {
     /// Serves this agent.
-    pub fn new(agent: Arc<Agent>) -> Self {
+    pub(super) fn new(agent: Arc<Agent>) -> Self {
         Self {
             agent,
             idempotency: Idempotency::default(),
@@ -70,13 +70,17 @@ impl Native {
     fn sandbox(&self, field: &str, id: &str) -> Result<Arc<Sandbox>, Status> {
         edge::id(field, id).map_err(refused)?;
         let at = self.agent.store.snapshot();
-        self.lifecycle().find_sandbox(&at, Face::Native, id).map_err(refused)
+        self.lifecycle()
+            .find_sandbox(&at, Face::Native, id)
+            .map_err(refused)
     }
 
     fn container(&self, field: &str, id: &str) -> Result<Arc<Container>, Status> {
         edge::id(field, id).map_err(refused)?;
         let at = self.agent.store.snapshot();
-        self.lifecycle().find_container(&at, Face::Native, id).map_err(refused)
+        self.lifecycle()
+            .find_container(&at, Face::Native, id)
+            .map_err(refused)
     }
 
     /// One change: within the caller's deadline, and once however often it is repeated with a key.
@@ -97,10 +101,17 @@ impl Native {
         let request = request.into_inner();
         idempotency::check_key(request.key()).map_err(refused)?;
         let (key, subject) = (request.key().to_owned(), request.subject().to_owned());
-        let content = if key.is_empty() { None } else { Some(request.content()) };
+        let content = if key.is_empty() {
+            None
+        } else {
+            Some(request.content())
+        };
         let work = work(self.clone(), request);
         let answer = deadline.limit(
-            || self.stage_of(&subject).unwrap_or_else(|| (method.to_owned(), Time::now())),
+            || {
+                self.stage_of(&subject)
+                    .unwrap_or_else(|| (method.to_owned(), Time::now()))
+            },
             async {
                 match content {
                     None => work.await,

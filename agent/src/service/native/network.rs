@@ -4,7 +4,9 @@ use longshore_proto::longshore::v1::{self as pb, network_service_server::Network
 use tonic::{Request, Response, Status};
 
 use super::{Native, page::Page, refused, render};
-use crate::{blocking, lifecycle::sandbox::Sandbox, network::Network, service::edge, store::Snapshot};
+use crate::{
+    blocking, lifecycle::sandbox::Sandbox, network::Network, service::edge, store::Snapshot,
+};
 
 impl Native {
     async fn render_network(&self, at: &Snapshot, network: &Network) -> pb::Network {
@@ -55,8 +57,15 @@ fn lease(sandbox: &Sandbox) -> Option<pb::Lease> {
     Some(pb::Lease {
         network: sandbox.plan.network.clone(),
         sandbox_id: sandbox.id.to_string(),
-        addresses: attachment.addresses.iter().map(|net| net.addr().to_string()).collect(),
-        mac: attachment.mac.map(|mac| mac.to_string()).unwrap_or_default(),
+        addresses: attachment
+            .addresses
+            .iter()
+            .map(|net| net.addr().to_string())
+            .collect(),
+        mac: attachment
+            .mac
+            .map(|mac| mac.to_string())
+            .unwrap_or_default(),
         host_interface: attachment.host_interface.clone(),
         ports: sandbox.plan.ports.iter().map(render::port).collect(),
     })
@@ -85,9 +94,12 @@ impl NetworkService for Native {
         request: Request<pb::ListNetworksRequest>,
     ) -> Result<Response<pb::ListNetworksResponse>, Status> {
         let request = request.into_inner();
-        let page = Page::new("networks", request.page_size, &request.page_token).map_err(refused)?;
+        let page =
+            Page::new("networks", request.page_size, &request.page_token).map_err(refused)?;
         let at = self.agent.store.snapshot();
-        let (found, next_page_token) = page.cut(self.agent.networks.list(&at), |network| network.name.clone());
+        let (found, next_page_token) = page.cut(self.agent.networks.list(&at), |network| {
+            network.name.clone()
+        });
         let mut networks = Vec::new();
         for network in found {
             networks.push(self.render_network(&at, &network).await);
@@ -107,7 +119,10 @@ impl NetworkService for Native {
         let at = self.agent.store.snapshot();
         edge::text("network", &request.network, 63).map_err(refused)?;
         if !request.network.is_empty() {
-            self.agent.networks.get(&at, &request.network).map_err(refused)?;
+            self.agent
+                .networks
+                .get(&at, &request.network)
+                .map_err(refused)?;
         }
         let sandboxes: Vec<_> = match request.sandbox_id.as_str() {
             "" => at.all::<Sandbox>().collect(),
@@ -120,7 +135,9 @@ impl NetworkService for Native {
             .iter()
             .filter_map(|sandbox| lease(sandbox))
             .filter(|lease| request.network.is_empty() || lease.network == request.network);
-        let (leases, next_page_token) = page.cut(found, |lease| format!("{}/{}", lease.network, lease.sandbox_id));
+        let (leases, next_page_token) = page.cut(found, |lease| {
+            format!("{}/{}", lease.network, lease.sandbox_id)
+        });
         Ok(Response::new(pb::ListLeasesResponse {
             leases,
             next_page_token,
@@ -140,8 +157,14 @@ mod tests {
             ipv4: "10.88.0.0/16".parse().ok(),
             ipv6: "fd00:1::/64".parse().ok(),
         };
-        let shown: Vec<_> = subnets(&network).into_iter().map(|net| (net.cidr, net.gateway)).collect();
+        let shown: Vec<_> = subnets(&network)
+            .into_iter()
+            .map(|net| (net.cidr, net.gateway))
+            .collect();
         let expected = [("10.88.0.0/16", "10.88.0.1"), ("fd00:1::/64", "fd00:1::1")];
-        assert_eq!(shown, expected.map(|(cidr, gateway)| (cidr.to_owned(), gateway.to_owned())));
+        assert_eq!(
+            shown,
+            expected.map(|(cidr, gateway)| (cidr.to_owned(), gateway.to_owned()))
+        );
     }
 }

@@ -75,11 +75,17 @@ impl Ticket {
             None => pb::OperationState::Succeeded,
             Some(_) => pb::OperationState::Failed,
         });
-        operation.error = error.map(|error| error.message().to_owned()).unwrap_or_default();
+        operation.error = error
+            .map(|error| error.message().to_owned())
+            .unwrap_or_default();
         let mut table = self.pulls.lock();
         table.running.remove(&operation.id);
         // All who joined come here.
-        if table.ended.iter().any(|(_, ended)| ended.id == operation.id) {
+        if table
+            .ended
+            .iter()
+            .any(|(_, ended)| ended.id == operation.id)
+        {
             return;
         }
         if table.ended.len() >= KEPT_PULLS {
@@ -108,10 +114,18 @@ impl Pulls {
 
     fn ended(&self) -> Vec<pb::Operation> {
         let mut table = self.lock();
-        while table.ended.front().is_some_and(|(at, _)| at.elapsed() >= KEPT) {
+        while table
+            .ended
+            .front()
+            .is_some_and(|(at, _)| at.elapsed() >= KEPT)
+        {
             table.ended.pop_front();
         }
-        table.ended.iter().map(|(_, operation)| operation.clone()).collect()
+        table
+            .ended
+            .iter()
+            .map(|(_, operation)| operation.clone())
+            .collect()
     }
 
     fn cancel(&self, id: &str) -> bool {
@@ -138,7 +152,9 @@ impl Native {
         self.pulls.forget_all_but(&running);
         let ours = running
             .into_iter()
-            .rfind(|one| one.face == Face::Native && one.reference == reference && one.platform == platform)
+            .rfind(|one| {
+                one.face == Face::Native && one.reference == reference && one.platform == platform
+            })
             .unwrap_or_else(|| RunningPull {
                 reference,
                 platform,
@@ -153,10 +169,12 @@ impl Native {
     fn operations(&self) -> Vec<pb::Operation> {
         let at = self.agent.store.snapshot();
         let running = self.agent.operations.list();
-        let mut all: Vec<_> = running.iter().map(|running| operation(&at, running)).collect();
+        let mut all: Vec<_> = running
+            .iter()
+            .map(|running| operation(&at, running))
+            .collect();
         all.extend(self.agent.images.running_pulls().iter().map(running_pull));
-        let ended = self.pulls.ended();
-        all.extend(ended);
+        all.extend(self.pulls.ended());
         all
     }
 
@@ -180,8 +198,16 @@ impl Native {
         let running = self.agent.operations.list();
         running
             .into_iter()
-            .find(|running| running.subject.0.contains(subject) || operation(&at, running).subject.contains(subject))
-            .map(|running| (format!("{}: {}", running.name, running.stage.name), running.stage.since))
+            .find(|running| {
+                running.subject.0.contains(subject)
+                    || operation(&at, running).subject.contains(subject)
+            })
+            .map(|running| {
+                (
+                    format!("{}: {}", running.name, running.stage.name),
+                    running.stage.since,
+                )
+            })
     }
 
     /// Waits until the operation has ended.
@@ -198,7 +224,10 @@ impl Native {
         }
     }
 
-    async fn cancel(self, request: pb::CancelOperationRequest) -> Result<pb::CancelOperationResponse, Status> {
+    async fn cancel(
+        self,
+        request: pb::CancelOperationRequest,
+    ) -> Result<pb::CancelOperationResponse, Status> {
         let operation = self.operation(&request.operation_id)?;
         let not_cancellable = || {
             refused(NativeError::NotCancellable {
@@ -216,7 +245,11 @@ impl Native {
                 _ => self.pulls.cancel(&operation.id),
             };
             // It may have ended just now, which is as good.
-            if !cancelled && self.operation(&operation.id).is_ok_and(|now| !is_ended(&now)) {
+            if !cancelled
+                && self
+                    .operation(&operation.id)
+                    .is_ok_and(|now| !is_ended(&now))
+            {
                 return Err(not_cancellable());
             }
         }
@@ -236,7 +269,8 @@ fn is_ended(operation: &pb::Operation) -> bool {
 /// A running operation.
 fn operation(at: &Snapshot, running: &Running) -> pb::Operation {
     let intent = at.get::<Intent>(running.id.as_str());
-    let subject = subject(running.name, &running.subject, intent.as_deref());
+    let input = intent.as_ref().map(|intent| &intent.input);
+    let subject = subject(running.name, &running.subject, input);
     let state = if running.stage.name.starts_with("unwind") {
         pb::OperationState::Unwinding
     } else {
@@ -245,7 +279,7 @@ fn operation(at: &Snapshot, running: &Running) -> pb::Operation {
     pb::Operation {
         id: running.id.to_string(),
         name: running.name.to_owned(),
-        face: render::face(face(at, &subject, intent.as_deref())).into(),
+        face: render::face(face(at, &subject, input)).into(),
         subject,
         stage: running.stage.name.clone(),
         stage_since: Some(render::timestamp(running.stage.since)),
@@ -255,26 +289,28 @@ fn operation(at: &Snapshot, running: &Running) -> pb::Operation {
     }
 }
 
-/// Creates hold a name, since their id is new; the intent knows it.
-fn subject(name: &str, held: &Subject, intent: Option<&Intent>) -> String {
+/// Creates hold a name, since their id is new; their input knows it.
+fn subject(name: &str, held: &Subject, input: Option<&serde_json::Value>) -> String {
     let kind = match name {
         "run_pod_sandbox" => "sandbox",
         "create_container" => "container",
         _ => return held.to_string(),
     };
-    let id = intent.and_then(|intent| intent.input.get("id")?.as_str());
+    let id = input.and_then(|input| input.get("id")?.as_str());
     id.map_or_else(|| held.to_string(), |id| format!("{kind}/{id}"))
 }
 
 /// Whose object it is about.
-fn face(at: &Snapshot, subject: &str, intent: Option<&Intent>) -> Face {
-    let wished = intent
-        .and_then(|intent| intent.input.get("config")?.get("face").cloned())
+fn face(at: &Snapshot, subject: &str, input: Option<&serde_json::Value>) -> Face {
+    let wished = input
+        .and_then(|input| input.get("config")?.get("face").cloned())
         .and_then(|face| serde_json::from_value(face).ok());
     wished
         .or_else(|| match subject.split_once('/')? {
             ("sandbox", id) => at.get::<Sandbox>(id).map(|sandbox| sandbox.config.face),
-            ("container", id) => at.get::<Container>(id).map(|container| container.config.face),
+            ("container", id) => at
+                .get::<Container>(id)
+                .map(|container| container.config.face),
             _ => None,
         })
         .unwrap_or(Face::Native)
@@ -315,7 +351,11 @@ fn pull_id(pull: &RunningPull) -> String {
 
 fn started_at(operation: &pb::Operation) -> Time {
     let at = operation.started_at.unwrap_or_default();
-    Time::from_unix_ns(at.seconds.saturating_mul(1_000_000_000).saturating_add(at.nanos.into()))
+    Time::from_unix_ns(
+        at.seconds
+            .saturating_mul(1_000_000_000)
+            .saturating_add(at.nanos.into()),
+    )
 }
 
 #[tonic::async_trait]
@@ -325,13 +365,15 @@ impl OperationService for Native {
         request: Request<pb::ListOperationsRequest>,
     ) -> Result<Response<pb::ListOperationsResponse>, Status> {
         let request = request.into_inner();
-        let page = Page::new("operations", request.page_size, &request.page_token).map_err(refused)?;
+        let page =
+            Page::new("operations", request.page_size, &request.page_token).map_err(refused)?;
         edge::text("subject", &request.subject, 1024).map_err(refused)?;
         let found = self
             .operations()
             .into_iter()
             .filter(|operation| request.subject.is_empty() || operation.subject == request.subject);
-        let (operations, next_page_token) = page.cut(found, |one| oldest_first(started_at(one), &one.id));
+        let (operations, next_page_token) =
+            page.cut(found, |one| oldest_first(started_at(one), &one.id));
         Ok(Response::new(pb::ListOperationsResponse {
             operations,
             next_page_token,
@@ -358,8 +400,14 @@ impl OperationService for Native {
         let stage = || match self.operation(&id) {
             Ok(operation) => {
                 let since = operation.stage_since.unwrap_or_default();
-                let ns = since.seconds.saturating_mul(1_000_000_000).saturating_add(since.nanos.into());
-                (format!("{}: {}", operation.name, operation.stage), Time::from_unix_ns(ns))
+                let ns = since
+                    .seconds
+                    .saturating_mul(1_000_000_000)
+                    .saturating_add(since.nanos.into());
+                (
+                    format!("{}: {}", operation.name, operation.stage),
+                    Time::from_unix_ns(ns),
+                )
             }
             Err(_) => ("wait for the operation".to_owned(), began),
         };
@@ -415,22 +463,15 @@ mod tests {
 
     #[test]
     fn creates_are_about_their_new_object() {
-        let intent = |input: serde_json::Value| Intent {
-            id: OperationId::random(),
-            name: "x".into(),
-            subject: Subject("x".into()),
-            input,
-            started_at: Time::now(),
-        };
         let held = Subject("sandbox-name/[1]".into());
-        let known = intent(serde_json::json!({ "id": "ab" }));
-        for (name, intent, expected) in [
+        let known = serde_json::json!({ "id": "ab" });
+        for (name, input, expected) in [
             ("run_pod_sandbox", Some(&known), "sandbox/ab"),
             ("create_container", Some(&known), "container/ab"),
             ("run_pod_sandbox", None, "sandbox-name/[1]"),
             ("stop_pod_sandbox", Some(&known), "sandbox-name/[1]"),
         ] {
-            assert_eq!(subject(name, &held, intent), expected, "{name}");
+            assert_eq!(subject(name, &held, input), expected, "{name}");
         }
     }
 }

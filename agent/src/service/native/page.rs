@@ -35,7 +35,11 @@ impl Page {
     }
 
     /// The wanted part of `items`, in the order of their keys, and the token of the next one.
-    pub(super) fn cut<T>(&self, items: impl IntoIterator<Item = T>, key: impl Fn(&T) -> String) -> (Vec<T>, String) {
+    pub(super) fn cut<T>(
+        &self,
+        items: impl IntoIterator<Item = T>,
+        key: impl Fn(&T) -> String,
+    ) -> (Vec<T>, String) {
         let mut keyed: Vec<(String, T)> = items
             .into_iter()
             .map(|item| (key(&item), item))
@@ -45,7 +49,9 @@ impl Page {
         let more = keyed.len() > self.size;
         keyed.truncate(self.size);
         let token = match keyed.last() {
-            Some((last, _)) if more => BASE64_URL_SAFE_NO_PAD.encode(format!("{}\n{last}", self.list)),
+            Some((last, _)) if more => {
+                BASE64_URL_SAFE_NO_PAD.encode(format!("{}\n{last}", self.list))
+            }
             _ => String::new(),
         };
         (keyed.into_iter().map(|(_, item)| item).collect(), token)
@@ -101,11 +107,20 @@ mod tests {
     #[test]
     fn foreign_tokens_and_sizes_are_refused() {
         let (_, token) = Page::new("x", 1, "").expect("valid").cut([1, 2], key);
-        assert!(matches!(Page::new("y", 1, &token), Err(NativeError::PageToken)));
+        assert!(matches!(
+            Page::new("y", 1, &token),
+            Err(NativeError::PageToken)
+        ));
         for token in ["!", "\u{1}not one", "YQ", &"A".repeat(5000)] {
-            assert!(matches!(Page::new("x", 1, token), Err(NativeError::PageToken)), "{token:?}");
+            assert!(
+                matches!(Page::new("x", 1, token), Err(NativeError::PageToken)),
+                "{token:?}"
+            );
         }
-        assert!(matches!(Page::new("x", 1001, ""), Err(NativeError::OutOfRange { .. })));
+        assert!(matches!(
+            Page::new("x", 1001, ""),
+            Err(NativeError::OutOfRange { .. })
+        ));
         assert!(Page::new("x", 1000, "").is_ok());
     }
 

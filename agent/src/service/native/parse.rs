@@ -19,8 +19,8 @@ use crate::{
     lifecycle::{
         AttachWish, ExecWish, LifecycleChapterConfig, NATIVE_HANDLER,
         container::{
-            AppArmorWish, ContainerConfig, DeviceWish, LogWish, MountSource, MountWish, Propagation, Resources,
-            RlimitWish, SeccompWish, Security, UserWish,
+            AppArmorWish, ContainerConfig, DeviceWish, LogWish, MountSource, MountWish,
+            Propagation, Resources, RlimitWish, SeccompWish, Security, UserWish,
         },
         sandbox::{Dns, PidMode, SandboxConfig, SandboxKey},
     },
@@ -60,14 +60,34 @@ const MASKED_PATHS: [&str; 12] = [
     "/sys/devices/virtual/powercap",
 ];
 /// Paths that a container cannot write unless it says otherwise.
-const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READONLY_PATHS: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
 
 /// Resource limits of processes.
 ///
 /// Source: getrlimit(2).
 const RLIMITS: [&str; 16] = [
-    "AS", "CORE", "CPU", "DATA", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE", "NICE", "NOFILE", "NPROC", "RSS", "RTPRIO",
-    "RTTIME", "SIGPENDING", "STACK",
+    "AS",
+    "CORE",
+    "CPU",
+    "DATA",
+    "FSIZE",
+    "LOCKS",
+    "MEMLOCK",
+    "MSGQUEUE",
+    "NICE",
+    "NOFILE",
+    "NPROC",
+    "RSS",
+    "RTPRIO",
+    "RTTIME",
+    "SIGPENDING",
+    "STACK",
 ];
 
 type Maps = Vec<u8>;
@@ -83,7 +103,9 @@ pub(super) fn sandbox_without_maps(mut config: pb::SandboxConfig) -> (pb::Sandbo
 }
 
 /// As [`sandbox_without_maps`].
-pub(super) fn container_without_maps(mut config: pb::ContainerConfig) -> (pb::ContainerConfig, Maps) {
+pub(super) fn container_without_maps(
+    mut config: pb::ContainerConfig,
+) -> (pb::ContainerConfig, Maps) {
     let maps = sorted([
         std::mem::take(&mut config.labels),
         std::mem::take(&mut config.annotations),
@@ -112,7 +134,10 @@ pub(super) fn kept<M: Message + Default>(value: &serde_json::Value) -> M {
 }
 
 /// `RunSandboxRequest`; `spare_name` is for one that has no name.
-pub(super) fn sandbox(config: pb::SandboxConfig, spare_name: impl FnOnce() -> String) -> Parsed<SandboxConfig> {
+pub(super) fn sandbox(
+    config: pb::SandboxConfig,
+    spare_name: impl FnOnce() -> String,
+) -> Parsed<SandboxConfig> {
     name("config.name", &config.name)?;
     labels(&config.labels, &config.annotations)?;
     let network = network(config.network.as_ref())?;
@@ -159,9 +184,12 @@ pub(super) fn sandbox(config: pb::SandboxConfig, spare_name: impl FnOnce() -> St
 
 /// A name as sandboxes and containers have them; empty is for the agent to choose.
 pub(super) fn name(field: &str, name: &str) -> Parsed<()> {
-    let valid = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.' | '_');
-    let begins_well = |name: &str| name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
-    if name.is_empty() || (name.len() <= NAME_BYTES && name.chars().all(valid) && begins_well(name)) {
+    let valid =
+        |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.' | '_');
+    let begins_well =
+        |name: &str| name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
+    if name.is_empty() || (name.len() <= NAME_BYTES && name.chars().all(valid) && begins_well(name))
+    {
         return Ok(());
     }
     Err(NativeError::invalid(
@@ -172,21 +200,40 @@ pub(super) fn name(field: &str, name: &str) -> Parsed<()> {
 }
 
 fn labels(labels: &HashMap<String, String>, annotations: &HashMap<String, String>) -> Parsed<()> {
-    let size = |map: &HashMap<String, String>| -> usize { map.iter().map(|(key, value)| key.len() + value.len()).sum() };
-    for (field, map) in [("config.labels", labels), ("config.annotations", annotations)] {
+    let size = |map: &HashMap<String, String>| -> usize {
+        map.iter().map(|(key, value)| key.len() + value.len()).sum()
+    };
+    for (field, map) in [
+        ("config.labels", labels),
+        ("config.annotations", annotations),
+    ] {
         if map.contains_key("") {
             return Err(NativeError::invalid(field, "", "keys that are not empty"));
         }
     }
     match (size(labels), size(annotations)) {
         (ours, others) if ours + others <= LABEL_BYTES => Ok(()),
-        (ours, others) if ours >= others => Err(NativeError::range("config.labels", ours + others, 0, LABEL_BYTES)),
-        (ours, others) => Err(NativeError::range("config.annotations", ours + others, 0, LABEL_BYTES)),
+        (ours, others) if ours >= others => Err(NativeError::range(
+            "config.labels",
+            ours + others,
+            0,
+            LABEL_BYTES,
+        )),
+        (ours, others) => Err(NativeError::range(
+            "config.annotations",
+            ours + others,
+            0,
+            LABEL_BYTES,
+        )),
     }
 }
 
 fn unknown_value<T>(field: impl Into<String>, value: i32, expected: &str) -> Parsed<T> {
-    Err(NativeError::invalid(field, value, format!("a value of {expected}")))
+    Err(NativeError::invalid(
+        field,
+        value,
+        format!("a value of {expected}"),
+    ))
 }
 
 fn network(wished: Option<&pb::SandboxNetwork>) -> Parsed<SandboxNetwork> {
@@ -202,10 +249,16 @@ fn network(wished: Option<&pb::SandboxNetwork>) -> Parsed<SandboxNetwork> {
     edge::text("config.network.network", &wished.network, 63)?;
     if mode != Mode::Pod {
         if !wished.network.is_empty() {
-            return Err(NativeError::conflict("config.network.network", "config.network.mode"));
+            return Err(NativeError::conflict(
+                "config.network.network",
+                "config.network.mode",
+            ));
         }
         if !wished.ports.is_empty() {
-            return Err(NativeError::conflict("config.network.ports", "config.network.mode"));
+            return Err(NativeError::conflict(
+                "config.network.ports",
+                "config.network.mode",
+            ));
         }
     }
     Ok(SandboxNetwork {
@@ -239,10 +292,20 @@ fn port(wished: &pb::PortMapping, at: &str) -> Parsed<PortMapping> {
         "" => None,
         text => match text.parse::<IpAddr>() {
             Ok(IpAddr::V6(Ipv6Addr::LOCALHOST)) => {
-                return Err(NativeError::invalid(field(), text, "an address that the kernel can translate"));
+                return Err(NativeError::invalid(
+                    field(),
+                    text,
+                    "an address that the kernel can translate",
+                ));
             }
             Ok(address) => Some(address),
-            Err(_) => return Err(NativeError::invalid(field(), text.escape_default(), "an IP address")),
+            Err(_) => {
+                return Err(NativeError::invalid(
+                    field(),
+                    text.escape_default(),
+                    "an IP address",
+                ));
+            }
         },
     };
     let host_port = number("host_port", wished.host_port)?;
@@ -262,12 +325,19 @@ fn hostname(name: &str, network: Mode) -> Parsed<()> {
         return Ok(());
     }
     if network == Mode::Host {
-        return Err(NativeError::conflict("config.hostname", "config.network.mode"));
+        return Err(NativeError::conflict(
+            "config.hostname",
+            "config.network.mode",
+        ));
     }
     edge::text("config.hostname", name, 64)?;
     let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     if !name.chars().all(valid) || name.starts_with('-') {
-        return Err(NativeError::invalid("config.hostname", name, "letters, digits, `-`, `.` and `_`"));
+        return Err(NativeError::invalid(
+            "config.hostname",
+            name,
+            "letters, digits, `-`, `.` and `_`",
+        ));
     }
     Ok(())
 }
@@ -298,7 +368,11 @@ fn dns(config: &pb::DnsConfig) -> Parsed<Dns> {
     })
 }
 
-fn sysctls(wished: &HashMap<String, String>, network: Mode, host_ipc: bool) -> Parsed<BTreeMap<String, String>> {
+fn sysctls(
+    wished: &HashMap<String, String>,
+    network: Mode,
+    host_ipc: bool,
+) -> Parsed<BTreeMap<String, String>> {
     let mut accepted = BTreeMap::new();
     for (name, value) in wished {
         let field = format!("config.sysctls[{}]", name.escape_default());
@@ -349,7 +423,10 @@ pub(super) fn container(config: pb::ContainerConfig) -> Parsed<ContainerConfig> 
     name("config.name", &config.name)?;
     labels(&config.labels, &config.annotations)?;
     image("config.image", &config.image)?;
-    for (field, words) in [("config.command", &config.command), ("config.args", &config.args)] {
+    for (field, words) in [
+        ("config.command", &config.command),
+        ("config.args", &config.args),
+    ] {
         self::words(field, words)?;
     }
     if config.command.first().is_some_and(String::is_empty) {
@@ -406,7 +483,9 @@ pub(super) fn container(config: pb::ContainerConfig) -> Parsed<ContainerConfig> 
         stop_timeout: config
             .stop_timeout
             .as_ref()
-            .map_or(Ok(STOP_TIMEOUT), |time| duration("config.stop_timeout", time))?,
+            .map_or(Ok(STOP_TIMEOUT), |time| {
+                duration("config.stop_timeout", time)
+            })?,
         log: None,
         oom_score_adj: oom_score_adj(limits.oom_score_adj)?,
         request: keep(&container_without_maps(config).0),
@@ -429,8 +508,9 @@ pub(super) fn image(field: &str, name: &str) -> Parsed<()> {
 pub(super) fn reference(field: &str, text: &str) -> Parsed<ImageRef> {
     edge::required(field, text)?;
     edge::text(field, text, 1024)?;
-    text.parse()
-        .map_err(|error: crate::image::ReferenceError| NativeError::invalid(field, text, error.expected))
+    text.parse().map_err(|error: crate::image::ReferenceError| {
+        NativeError::invalid(field, text, error.expected)
+    })
 }
 
 /// A tag to give: no digest.
@@ -485,7 +565,11 @@ pub(super) fn platform(wished: Option<pb::Platform>) -> Parsed<Platform> {
     ] {
         let valid = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
         if text.len() > 64 || !text.chars().all(valid) {
-            return Err(NativeError::invalid(field, text.escape_default(), "a word as `linux`, `amd64` or `v8`"));
+            return Err(NativeError::invalid(
+                field,
+                text.escape_default(),
+                "a word as `linux`, `amd64` or `v8`",
+            ));
         }
     }
     if !wished.os.is_empty() {
@@ -500,7 +584,11 @@ pub(super) fn platform(wished: Option<pb::Platform>) -> Parsed<Platform> {
 
 fn words(field: &str, words: &[String]) -> Parsed<()> {
     match words.iter().position(|word| word.contains('\0')) {
-        Some(at) => Err(NativeError::invalid(format!("{field}[{at}]"), words[at].escape_default(), "no NUL")),
+        Some(at) => Err(NativeError::invalid(
+            format!("{field}[{at}]"),
+            words[at].escape_default(),
+            "no NUL",
+        )),
         None => Ok(()),
     }
 }
@@ -511,10 +599,18 @@ fn environment(field: &str, env: &HashMap<String, String>) -> Parsed<Vec<(String
         .into_iter()
         .map(|(name, value)| {
             if name.is_empty() || name.contains(['=', '\0']) {
-                return Err(NativeError::invalid(field, name.escape_default(), "names without `=` and NUL"));
+                return Err(NativeError::invalid(
+                    field,
+                    name.escape_default(),
+                    "names without `=` and NUL",
+                ));
             }
             if value.contains('\0') {
-                return Err(NativeError::invalid(field, name.escape_default(), "values without NUL"));
+                return Err(NativeError::invalid(
+                    field,
+                    name.escape_default(),
+                    "values without NUL",
+                ));
             }
             Ok((name.clone(), value.clone().into_bytes()))
         })
@@ -539,13 +635,20 @@ fn user(field: &str, text: &str) -> Parsed<Option<UserWish>> {
     edge::text(field, text, 256)?;
     let parts: Vec<_> = text.split(':').collect();
     let well_formed = parts.len() <= 2
-        && parts.iter().all(|part| !part.is_empty() && !part.contains(char::is_whitespace))
+        && parts
+            .iter()
+            .all(|part| !part.is_empty() && !part.contains(char::is_whitespace))
         && parts.iter().all(|part| {
             // What looks like a number must be one that the kernel has.
-            !part.starts_with(['-', '+']) && (!part.bytes().all(|b| b.is_ascii_digit()) || part.parse::<u32>().is_ok())
+            !part.starts_with(['-', '+'])
+                && (!part.bytes().all(|b| b.is_ascii_digit()) || part.parse::<u32>().is_ok())
         });
     if !well_formed {
-        return Err(NativeError::invalid(field, text, "`name` or `uid`, either with `:group` or `:gid`"));
+        return Err(NativeError::invalid(
+            field,
+            text,
+            "`name` or `uid`, either with `:group` or `:gid`",
+        ));
     }
     Ok(Some(UserWish {
         name: Some(text.to_owned()),
@@ -588,12 +691,18 @@ fn mount(mount: &pb::Mount, at: &str) -> Parsed<MountWish> {
     })
 }
 
-fn bind_mount(bind: &pb::BindMount, readonly: bool, at: &str) -> Parsed<(MountSource, Propagation, bool)> {
+fn bind_mount(
+    bind: &pb::BindMount,
+    readonly: bool,
+    at: &str,
+) -> Parsed<(MountSource, Propagation, bool)> {
     let field = |name: &str| format!("{at}.bind.{name}");
     edge::required(&field("host_path"), &bind.host_path)?;
     edge::absolute_path(&field("host_path"), &bind.host_path)?;
     let propagation = match pb::MountPropagation::try_from(bind.propagation) {
-        Ok(pb::MountPropagation::Unspecified | pb::MountPropagation::Private) => Propagation::Private,
+        Ok(pb::MountPropagation::Unspecified | pb::MountPropagation::Private) => {
+            Propagation::Private
+        }
         Ok(pb::MountPropagation::HostToContainer) => Propagation::HostToContainer,
         Ok(pb::MountPropagation::Bidirectional) => Propagation::Bidirectional,
         Err(_) => return unknown_value(field("propagation"), bind.propagation, "MountPropagation"),
@@ -602,7 +711,10 @@ fn bind_mount(bind: &pb::BindMount, readonly: bool, at: &str) -> Parsed<(MountSo
         return Err(NativeError::missing(format!("{at}.readonly")));
     }
     if bind.recursive_readonly && propagation != Propagation::Private {
-        return Err(NativeError::conflict(field("recursive_readonly"), field("propagation")));
+        return Err(NativeError::conflict(
+            field("recursive_readonly"),
+            field("propagation"),
+        ));
     }
     let source = MountSource::Bind {
         path: bind.host_path.clone().into(),
@@ -659,13 +771,23 @@ fn resources(limits: &pb::Resources) -> Parsed<Resources> {
     let some = |value: u64| Some(value).filter(|value| *value != 0);
     let signed = |name: &str, value: u64| {
         some(value)
-            .map(|value| i64::try_from(value).map_err(|_| NativeError::range(field(name), value, 0, i64::MAX)))
+            .map(|value| {
+                i64::try_from(value)
+                    .map_err(|_| NativeError::range(field(name), value, 0, i64::MAX))
+            })
             .transpose()
     };
     let list = |name: &str, value: &str| -> Parsed<Option<String>> {
-        let valid = value.len() <= 1024 && value.chars().all(|c| c.is_ascii_digit() || matches!(c, ',' | '-'));
+        let valid = value.len() <= 1024
+            && value
+                .chars()
+                .all(|c| c.is_ascii_digit() || matches!(c, ',' | '-'));
         if !valid {
-            return Err(NativeError::invalid(field(name), value.escape_default(), "a list as `0-3,6`"));
+            return Err(NativeError::invalid(
+                field(name),
+                value.escape_default(),
+                "a list as `0-3,6`",
+            ));
         }
         Ok(Some(value.to_owned()).filter(|value| !value.is_empty()))
     };
@@ -679,7 +801,10 @@ fn resources(limits: &pb::Resources) -> Parsed<Resources> {
         cpuset_mems: list("cpuset_mems", &limits.cpuset_mems)?,
         memory_limit_bytes,
         memory_swap_limit_bytes: swap_limit(limits, memory_limit_bytes)?,
-        memory_reservation_bytes: signed("memory_reservation_bytes", limits.memory_reservation_bytes)?,
+        memory_reservation_bytes: signed(
+            "memory_reservation_bytes",
+            limits.memory_reservation_bytes,
+        )?,
         pids_limit: signed("pids_limit", limits.pids_limit)?,
         hugepages: Vec::new(),
         unified: BTreeMap::new(),
@@ -692,16 +817,27 @@ fn cpu(limits: &pb::Resources) -> Parsed<(Option<u64>, Option<i64>, Option<u64>)
     const SHORTEST_US: u64 = 1000;
     let field = |name: &str| format!("config.resources.{name}");
     let microseconds = |name: &str, wished: &Option<prost_types::Duration>, most: u64| {
-        let Some(wished) = wished else { return Ok(None) };
+        let Some(wished) = wished else {
+            return Ok(None);
+        };
         let field = field(name);
         match u64::try_from(duration(&field, wished)?.as_micros()).unwrap_or(u64::MAX) {
             0 => Ok(None),
             us if (SHORTEST_US..=most).contains(&us) => Ok(Some(us)),
-            us => Err(NativeError::range(field, format!("{us} us"), "1000 us", format!("{most} us"))),
+            us => Err(NativeError::range(
+                field,
+                format!("{us} us"),
+                "1000 us",
+                format!("{most} us"),
+            )),
         }
     };
     let period = microseconds("cpu_period", &limits.cpu_period, 1_000_000)?;
-    let quota = microseconds("cpu_quota", &limits.cpu_quota, i64::MAX.unsigned_abs() / 1000)?;
+    let quota = microseconds(
+        "cpu_quota",
+        &limits.cpu_quota,
+        i64::MAX.unsigned_abs() / 1000,
+    )?;
     let shares = match limits.cpu_shares {
         0 => None,
         shares @ 2..=262_144 => Some(shares),
@@ -712,14 +848,27 @@ fn cpu(limits: &pb::Resources) -> Parsed<(Option<u64>, Option<i64>, Option<u64>)
         return Ok((period.or(quota.map(|_| DEFAULT_PERIOD_US)), quota, shares));
     }
     if shares.is_some() {
-        return Err(NativeError::conflict(field("cpu_millis"), field("cpu_shares")));
+        return Err(NativeError::conflict(
+            field("cpu_millis"),
+            field("cpu_shares"),
+        ));
     }
     if quota.is_some() {
-        return Err(NativeError::conflict(field("cpu_millis"), field("cpu_quota")));
+        return Err(NativeError::conflict(
+            field("cpu_millis"),
+            field("cpu_quota"),
+        ));
     }
-    let (millis, period) = (u64::from(limits.cpu_millis), period.unwrap_or(DEFAULT_PERIOD_US));
+    let (millis, period) = (
+        u64::from(limits.cpu_millis),
+        period.unwrap_or(DEFAULT_PERIOD_US),
+    );
     let quota = (millis * period / 1000).max(SHORTEST_US).cast_signed();
-    Ok((Some(period), Some(quota), Some((millis * 1024 / 1000).clamp(2, 262_144))))
+    Ok((
+        Some(period),
+        Some(quota),
+        Some((millis * 1024 / 1000).clamp(2, 262_144)),
+    ))
 }
 
 /// Memory and swap together; the memory's limit alone allows no swap.
@@ -739,7 +888,12 @@ fn swap_limit(limits: &pb::Resources, memory: Option<i64>) -> Parsed<Option<i64>
 
 fn oom_score_adj(value: i32) -> Parsed<Option<i32>> {
     if !(-1000..=1000).contains(&value) {
-        return Err(NativeError::range("config.resources.oom_score_adj", value, -1000, 1000));
+        return Err(NativeError::range(
+            "config.resources.oom_score_adj",
+            value,
+            -1000,
+            1000,
+        ));
     }
     Ok(Some(value).filter(|value| *value != 0))
 }
@@ -755,7 +909,10 @@ fn security(wished: Option<&pb::Security>) -> Parsed<Security> {
                 edge::required(&field, name)?;
                 edge::text(&field, name, 64)?;
                 let upper = name.to_ascii_uppercase();
-                Ok(upper.strip_prefix("CAP_").map(str::to_owned).unwrap_or(upper))
+                Ok(upper
+                    .strip_prefix("CAP_")
+                    .map(str::to_owned)
+                    .unwrap_or(upper))
             })
             .collect()
     };
@@ -778,7 +935,11 @@ fn security(wished: Option<&pb::Security>) -> Parsed<Security> {
         no_new_privs: wished.no_new_privs,
         readonly_rootfs: wished.readonly_rootfs,
         masked_paths: paths("masked_paths", wished.masked_paths.as_ref(), &MASKED_PATHS)?,
-        readonly_paths: paths("readonly_paths", wished.readonly_paths.as_ref(), &READONLY_PATHS)?,
+        readonly_paths: paths(
+            "readonly_paths",
+            wished.readonly_paths.as_ref(),
+            &READONLY_PATHS,
+        )?,
         seccomp: seccomp(wished.seccomp.as_ref())?,
         apparmor: AppArmorWish::Default,
         selinux: None,
@@ -789,7 +950,10 @@ fn seccomp(wished: Option<&pb::Seccomp>) -> Parsed<SeccompWish> {
     let Some(wished) = wished else {
         return Ok(SeccompWish::Default);
     };
-    let (mode, profile) = ("config.security.seccomp.mode", "config.security.seccomp.profile_json");
+    let (mode, profile) = (
+        "config.security.seccomp.mode",
+        "config.security.seccomp.profile_json",
+    );
     let given = !wished.profile_json.is_empty();
     match pb::SeccompMode::try_from(wished.mode) {
         Ok(pb::SeccompMode::Default | pb::SeccompMode::Unconfined) if given => {
@@ -801,7 +965,12 @@ fn seccomp(wished: Option<&pb::Seccomp>) -> Parsed<SeccompWish> {
         Ok(pb::SeccompMode::Custom) if !given => Err(NativeError::missing(profile)),
         Ok(pb::SeccompMode::Unspecified | pb::SeccompMode::Custom) => {
             if wished.profile_json.len() > PROFILE_BYTES {
-                return Err(NativeError::range(profile, wished.profile_json.len(), 0, PROFILE_BYTES));
+                return Err(NativeError::range(
+                    profile,
+                    wished.profile_json.len(),
+                    0,
+                    PROFILE_BYTES,
+                ));
             }
             serde_json::from_str::<oci_spec::runtime::LinuxSeccomp>(&wished.profile_json)
                 .and_then(|_| serde_json::from_str(&wished.profile_json))
@@ -824,7 +993,12 @@ fn rlimit(limit: &pb::Rlimit, at: &str) -> Parsed<RlimitWish> {
         ));
     }
     if limit.soft > limit.hard {
-        return Err(NativeError::range(format!("{at}.soft"), limit.soft, 0, limit.hard));
+        return Err(NativeError::range(
+            format!("{at}.soft"),
+            limit.soft,
+            0,
+            limit.hard,
+        ));
     }
     Ok(RlimitWish {
         name: format!("RLIMIT_{name}"),
@@ -853,7 +1027,11 @@ pub(super) fn log(wished: Option<&pb::LogConfig>, place: LogPlace<'_>) -> Option
     }
     let or = |value, default| if value == 0 { default } else { value };
     Some(LogWish {
-        path: place.directory.unwrap_or(place.logs_dir).join(place.name).join("0.log"),
+        path: place
+            .directory
+            .unwrap_or(place.logs_dir)
+            .join(place.name)
+            .join("0.log"),
         rotate_bytes: or(wished.rotate_bytes, place.defaults.log_rotate_bytes),
         keep_files: if wished.keep_files == 0 {
             place.defaults.log_keep_files
@@ -868,7 +1046,11 @@ pub(super) fn log(wished: Option<&pb::LogConfig>, place: LogPlace<'_>) -> Option
 pub(super) fn signal_number(field: &str, text: &str) -> Parsed<i32> {
     edge::required(field, text)?;
     signal::number(text).ok_or_else(|| {
-        NativeError::invalid(field, text.escape_default(), "a signal as `SIGHUP`, `HUP` or `1`")
+        NativeError::invalid(
+            field,
+            text.escape_default(),
+            "a signal as `SIGHUP`, `HUP` or `1`",
+        )
     })
 }
 
@@ -876,7 +1058,13 @@ pub(super) fn signal_number(field: &str, text: &str) -> Parsed<i32> {
 pub(super) fn duration(field: &str, wished: &prost_types::Duration) -> Parsed<Duration> {
     // A longer time than this is as good as none, and its arithmetic cannot overflow.
     const LONGEST_SECONDS: u64 = 100 * 365 * 24 * 3600;
-    let invalid = || NativeError::invalid(field, format!("{} s {} ns", wished.seconds, wished.nanos), "0 s or more");
+    let invalid = || {
+        NativeError::invalid(
+            field,
+            format!("{} s {} ns", wished.seconds, wished.nanos),
+            "0 s or more",
+        )
+    };
     let seconds = u64::try_from(wished.seconds).map_err(|_| invalid())?;
     let nanos = u32::try_from(wished.nanos)
         .ok()
@@ -886,14 +1074,21 @@ pub(super) fn duration(field: &str, wished: &prost_types::Duration) -> Parsed<Du
 }
 
 /// A time that may be missing.
-pub(super) fn optional_duration(field: &str, wished: Option<&prost_types::Duration>) -> Parsed<Option<Duration>> {
+pub(super) fn optional_duration(
+    field: &str,
+    wished: Option<&prost_types::Duration>,
+) -> Parsed<Option<Duration>> {
     wished.map(|time| duration(field, time)).transpose()
 }
 
 /// A moment.
 pub(super) fn time(field: &str, wished: &prost_types::Timestamp) -> Parsed<Time> {
     if !(0..1_000_000_000).contains(&wished.nanos) {
-        return Err(NativeError::invalid(field, format!("{} ns", wished.nanos), "0 to 999999999 ns"));
+        return Err(NativeError::invalid(
+            field,
+            format!("{} ns", wished.nanos),
+            "0 to 999999999 ns",
+        ));
     }
     let ns = wished
         .seconds
@@ -907,7 +1102,12 @@ pub(super) fn interval(wished: Option<&prost_types::Duration>) -> Parsed<Duratio
     match optional_duration("interval", wished)? {
         None => Ok(Duration::from_secs(1)),
         Some(interval) if interval >= SHORTEST_INTERVAL => Ok(interval),
-        Some(interval) => Err(NativeError::range("interval", format!("{interval:?}"), "100ms", "100 years")),
+        Some(interval) => Err(NativeError::range(
+            "interval",
+            format!("{interval:?}"),
+            "100ms",
+            "100 years",
+        )),
     }
 }
 
@@ -945,7 +1145,8 @@ pub(super) fn exec(start: pb::ExecStart) -> Parsed<ExecWish> {
         stdout: true,
         stderr: !start.tty,
         size: size.or(start.tty.then_some((80, 24))),
-        timeout: optional_duration("start.timeout", start.timeout.as_ref())?.filter(|time| !time.is_zero()),
+        timeout: optional_duration("start.timeout", start.timeout.as_ref())?
+            .filter(|time| !time.is_zero()),
         command: start.command,
     })
 }
@@ -997,7 +1198,9 @@ pub(super) fn event_kinds(values: &[i32]) -> Parsed<Vec<pb::EventKind>> {
         .iter()
         .enumerate()
         .map(|(index, value)| match pb::EventKind::try_from(*value) {
-            Ok(pb::EventKind::Unspecified) | Err(_) => unknown_value(format!("kinds[{index}]"), *value, "EventKind"),
+            Ok(pb::EventKind::Unspecified) | Err(_) => {
+                unknown_value(format!("kinds[{index}]"), *value, "EventKind")
+            }
             Ok(kind) => Ok(kind),
         })
         .collect()
@@ -1019,8 +1222,13 @@ pub(super) fn log_streams(values: &[i32]) -> Parsed<(bool, bool)> {
 }
 
 /// A filter by labels is met.
-pub(super) fn labels_match(wished: &HashMap<String, String>, labels: &BTreeMap<String, String>) -> bool {
-    wished.iter().all(|(key, value)| labels.get(key) == Some(value))
+pub(super) fn labels_match(
+    wished: &HashMap<String, String>,
+    labels: &BTreeMap<String, String>,
+) -> bool {
+    wished
+        .iter()
+        .all(|(key, value)| labels.get(key) == Some(value))
 }
 
 #[cfg(test)]
@@ -1053,7 +1261,9 @@ mod tests {
             Err(
                 NativeError::OutOfRange { field, .. }
                 | NativeError::Edge(
-                    EdgeError::Invalid { field, .. } | EdgeError::Missing { field } | EdgeError::Conflict { field, .. },
+                    EdgeError::Invalid { field, .. }
+                    | EdgeError::Missing { field }
+                    | EdgeError::Conflict { field, .. },
                 ),
             ) => field,
             Err(NativeError::NoHandler { .. }) => "config.handler".to_owned(),
@@ -1083,37 +1293,83 @@ mod tests {
             (|c| c.name = "A".to_owned(), "config.name"),
             (|c| c.name = "n".repeat(64), "config.name"),
             (|c| c.name = "a\nb".to_owned(), "config.name"),
-            (|c| drop(c.labels.insert("k".to_owned(), "v".repeat(65 << 10))), "config.labels"),
-            (|c| drop(c.annotations.insert("k".to_owned(), "v".repeat(65 << 10))), "config.annotations"),
-            (|c| drop(c.labels.insert(String::new(), String::new())), "config.labels"),
+            (
+                |c| drop(c.labels.insert("k".to_owned(), "v".repeat(65 << 10))),
+                "config.labels",
+            ),
+            (
+                |c| drop(c.annotations.insert("k".to_owned(), "v".repeat(65 << 10))),
+                "config.annotations",
+            ),
+            (
+                |c| drop(c.labels.insert(String::new(), String::new())),
+                "config.labels",
+            ),
             (|c| c.hostname = "h".repeat(65), "config.hostname"),
             (|c| c.hostname = "a/b".to_owned(), "config.hostname"),
             (
                 |c| {
                     c.hostname = "h".to_owned();
-                    c.network.get_or_insert_default().set_mode(pb::NetworkMode::Host);
+                    c.network
+                        .get_or_insert_default()
+                        .set_mode(pb::NetworkMode::Host);
                 },
                 "config.hostname",
             ),
-            (|c| c.network.get_or_insert_default().mode = 9, "config.network.mode"),
+            (
+                |c| c.network.get_or_insert_default().mode = 9,
+                "config.network.mode",
+            ),
             (
                 |c| {
                     ports(c);
-                    c.network.get_or_insert_default().set_mode(pb::NetworkMode::None);
+                    c.network
+                        .get_or_insert_default()
+                        .set_mode(pb::NetworkMode::None);
                 },
                 "config.network.ports",
             ),
-            (|c| ports(c).host_port = 0, "config.network.ports[0].host_port"),
-            (|c| ports(c).host_port = 65_536, "config.network.ports[0].host_port"),
-            (|c| ports(c).container_port = 65_536, "config.network.ports[0].container_port"),
-            (|c| ports(c).protocol = 9, "config.network.ports[0].protocol"),
-            (|c| ports(c).host_ip = "localhost".to_owned(), "config.network.ports[0].host_ip"),
-            (|c| ports(c).host_ip = "::1".to_owned(), "config.network.ports[0].host_ip"),
+            (
+                |c| ports(c).host_port = 0,
+                "config.network.ports[0].host_port",
+            ),
+            (
+                |c| ports(c).host_port = 65_536,
+                "config.network.ports[0].host_port",
+            ),
+            (
+                |c| ports(c).container_port = 65_536,
+                "config.network.ports[0].container_port",
+            ),
+            (
+                |c| ports(c).protocol = 9,
+                "config.network.ports[0].protocol",
+            ),
+            (
+                |c| ports(c).host_ip = "localhost".to_owned(),
+                "config.network.ports[0].host_ip",
+            ),
+            (
+                |c| ports(c).host_ip = "::1".to_owned(),
+                "config.network.ports[0].host_ip",
+            ),
             (|c| ports(c).host_ip = "127.0.0.1".to_owned(), ""),
-            (|c| c.dns.get_or_insert_default().servers = vec!["x".to_owned()], "config.dns.servers[0]"),
-            (|c| c.dns.get_or_insert_default().servers = vec!["fe80::1%eth0".to_owned()], ""),
-            (|c| c.dns.get_or_insert_default().options = vec!["a b".to_owned()], "config.dns.options[0]"),
-            (|c| sysctl(c, "vm.swappiness"), "config.sysctls[vm.swappiness]"),
+            (
+                |c| c.dns.get_or_insert_default().servers = vec!["x".to_owned()],
+                "config.dns.servers[0]",
+            ),
+            (
+                |c| c.dns.get_or_insert_default().servers = vec!["fe80::1%eth0".to_owned()],
+                "",
+            ),
+            (
+                |c| c.dns.get_or_insert_default().options = vec!["a b".to_owned()],
+                "config.dns.options[0]",
+            ),
+            (
+                |c| sysctl(c, "vm.swappiness"),
+                "config.sysctls[vm.swappiness]",
+            ),
             (|c| sysctl(c, "net.ipv4.ip_forward"), ""),
             (
                 |c| {
@@ -1123,8 +1379,14 @@ mod tests {
                 "config.sysctls[kernel.sem]",
             ),
             (|c| c.pid_mode = 9, "config.pid_mode"),
-            (|c| c.log_directory = "logs".to_owned(), "config.log_directory"),
-            (|c| c.log_directory = "/a/../b".to_owned(), "config.log_directory"),
+            (
+                |c| c.log_directory = "logs".to_owned(),
+                "config.log_directory",
+            ),
+            (
+                |c| c.log_directory = "/a/../b".to_owned(),
+                "config.log_directory",
+            ),
             (|c| c.handler = "kata".to_owned(), "config.handler"),
         ];
         for (number, (change, expected)) in cases.iter().enumerate() {
@@ -1134,11 +1396,22 @@ mod tests {
 
     #[test]
     fn a_sandbox_gets_the_defaults_of_the_contract() {
-        let config = run(|c| drop(ports(c))).expect("valid");
-        assert_eq!((config.key.name.as_str(), config.hostname.as_str()), ("spare", "spare"));
-        assert_eq!((config.pid, config.network.mode), (PidMode::Container, Mode::Pod));
+        let config = run(|c| ports(c).host_port = 8080).expect("valid");
+        assert_eq!(
+            (config.key.name.as_str(), config.hostname.as_str()),
+            ("spare", "spare")
+        );
+        assert_eq!(
+            (config.pid, config.network.mode),
+            (PidMode::Container, Mode::Pod)
+        );
         assert_eq!(config.network.ports[0].container_port, 8080);
-        let host = run(|c| c.network.get_or_insert_default().set_mode(pb::NetworkMode::Host)).expect("valid");
+        let host = run(|c| {
+            c.network
+                .get_or_insert_default()
+                .set_mode(pb::NetworkMode::Host)
+        })
+        .expect("valid");
         assert_eq!(host.hostname, "", "the host's own");
     }
 
@@ -1197,9 +1470,18 @@ mod tests {
             (|c| c.image = "sha256:abc".to_owned(), ""),
             (|c| c.command = vec!["a\0".to_owned()], "config.command[0]"),
             (|c| c.command = vec![String::new()], "config.command[0]"),
-            (|c| c.args = vec!["a".to_owned(), "\0".to_owned()], "config.args[1]"),
-            (|c| drop(c.env.insert("A=B".to_owned(), String::new())), "config.env"),
-            (|c| drop(c.env.insert("A".to_owned(), "\0".to_owned())), "config.env"),
+            (
+                |c| c.args = vec!["a".to_owned(), "\0".to_owned()],
+                "config.args[1]",
+            ),
+            (
+                |c| drop(c.env.insert("A=B".to_owned(), String::new())),
+                "config.env",
+            ),
+            (
+                |c| drop(c.env.insert("A".to_owned(), "\0".to_owned())),
+                "config.env",
+            ),
             (|c| c.working_dir = "srv".to_owned(), "config.working_dir"),
             (|c| c.user = "a:b:c".to_owned(), "config.user"),
             (|c| c.user = "a:".to_owned(), "config.user"),
@@ -1207,12 +1489,27 @@ mod tests {
             (|c| c.user = "4294967296".to_owned(), "config.user"),
             (|c| c.user = "1000:wheel".to_owned(), ""),
             (|c| c.stdin_once = true, "config.stdin"),
-            (|c| bind(c).target = "x".to_owned(), "config.mounts[0].target"),
-            (|c| bind(c).target = "/x/../../y".to_owned(), "config.mounts[0].target"),
+            (
+                |c| bind(c).target = "x".to_owned(),
+                "config.mounts[0].target",
+            ),
+            (
+                |c| bind(c).target = "/x/../../y".to_owned(),
+                "config.mounts[0].target",
+            ),
             (|c| bind(c).source = None, "config.mounts[0].source"),
-            (|c| bound(c, |b| b.host_path = "tmp".to_owned()), "config.mounts[0].bind.host_path"),
-            (|c| bound(c, |b| b.propagation = 9), "config.mounts[0].bind.propagation"),
-            (|c| bound(c, |b| b.recursive_readonly = true), "config.mounts[0].readonly"),
+            (
+                |c| bound(c, |b| b.host_path = "tmp".to_owned()),
+                "config.mounts[0].bind.host_path",
+            ),
+            (
+                |c| bound(c, |b| b.propagation = 9),
+                "config.mounts[0].bind.propagation",
+            ),
+            (
+                |c| bound(c, |b| b.recursive_readonly = true),
+                "config.mounts[0].readonly",
+            ),
             (
                 |c| {
                     bound(c, |b| {
@@ -1242,11 +1539,23 @@ mod tests {
                 },
                 "config.devices[0].permissions",
             ),
-            (|c| limits(c).oom_score_adj = 1001, "config.resources.oom_score_adj"),
-            (|c| limits(c).cpuset_cpus = "all".to_owned(), "config.resources.cpuset_cpus"),
+            (
+                |c| limits(c).oom_score_adj = 1001,
+                "config.resources.oom_score_adj",
+            ),
+            (
+                |c| limits(c).cpuset_cpus = "all".to_owned(),
+                "config.resources.cpuset_cpus",
+            ),
             (|c| limits(c).cpu_shares = 1, "config.resources.cpu_shares"),
-            (|c| limits(c).cpu_quota = time(0, 999_000), "config.resources.cpu_quota"),
-            (|c| limits(c).cpu_period = time(2, 0), "config.resources.cpu_period"),
+            (
+                |c| limits(c).cpu_quota = time(0, 999_000),
+                "config.resources.cpu_quota",
+            ),
+            (
+                |c| limits(c).cpu_period = time(2, 0),
+                "config.resources.cpu_period",
+            ),
             (
                 |c| {
                     limits(c).cpu_millis = 500;
@@ -1254,8 +1563,14 @@ mod tests {
                 },
                 "config.resources.cpu_millis",
             ),
-            (|c| limits(c).memory_limit_bytes = u64::MAX, "config.resources.memory_limit_bytes"),
-            (|c| limits(c).memory_swap_limit_bytes = 5, "config.resources.memory_limit_bytes"),
+            (
+                |c| limits(c).memory_limit_bytes = u64::MAX,
+                "config.resources.memory_limit_bytes",
+            ),
+            (
+                |c| limits(c).memory_swap_limit_bytes = 5,
+                "config.resources.memory_limit_bytes",
+            ),
             (
                 |c| {
                     limits(c).memory_limit_bytes = 6;
@@ -1264,10 +1579,22 @@ mod tests {
                 "config.resources.memory_swap_limit_bytes",
             ),
             (|c| seccomp_of(c, 9, ""), "config.security.seccomp.mode"),
-            (|c| seccomp_of(c, 3, ""), "config.security.seccomp.profile_json"),
-            (|c| seccomp_of(c, 0, "[]"), "config.security.seccomp.profile_json"),
-            (|c| seccomp_of(c, 2, "{}"), "config.security.seccomp.profile_json"),
-            (|c| seccomp_of(c, 3, "{\"defaultAction\":\"SCMP_ACT_ALLOW\"}"), ""),
+            (
+                |c| seccomp_of(c, 3, ""),
+                "config.security.seccomp.profile_json",
+            ),
+            (
+                |c| seccomp_of(c, 0, "[]"),
+                "config.security.seccomp.profile_json",
+            ),
+            (
+                |c| seccomp_of(c, 2, "{}"),
+                "config.security.seccomp.profile_json",
+            ),
+            (
+                |c| seccomp_of(c, 3, "{\"defaultAction\":\"SCMP_ACT_ALLOW\"}"),
+                "",
+            ),
             (
                 |c| {
                     c.security.get_or_insert_default().masked_paths = Some(pb::PathSet {
@@ -1300,7 +1627,10 @@ mod tests {
                 },
                 "config.rlimits[0].soft",
             ),
-            (|c| c.stop_signal = "SIGNOPE".to_owned(), "config.stop_signal"),
+            (
+                |c| c.stop_signal = "SIGNOPE".to_owned(),
+                "config.stop_signal",
+            ),
             (|c| c.stop_timeout = time(-1, 0), "config.stop_timeout"),
             (|c| c.stop_timeout = time(0, -1), "config.stop_timeout"),
             (|c| c.stop_timeout = time(i64::MAX, 0), ""),
@@ -1316,7 +1646,10 @@ mod tests {
         assert_eq!(config.security.masked_paths, MASKED_PATHS);
         assert_eq!(config.security.readonly_paths, READONLY_PATHS);
         assert_eq!(config.security.seccomp, SeccompWish::Default);
-        assert_eq!((config.pid, config.stop_signal, config.stop_timeout), (None, None, STOP_TIMEOUT));
+        assert_eq!(
+            (config.pid, config.stop_signal, config.stop_timeout),
+            (None, None, STOP_TIMEOUT)
+        );
         let open = create(|c| {
             c.security = Some(pb::Security {
                 masked_paths: Some(pb::PathSet::default()),
@@ -1344,21 +1677,35 @@ mod tests {
 
     #[test]
     fn limits_become_what_the_kernel_takes() {
-        let check = |change: ContainerChange, expected: (Option<u64>, Option<i64>, Option<u64>, Option<i64>)| {
-            let found = create(change).expect("valid").resources;
-            let found = (
-                found.cpu_period_us,
-                found.cpu_quota_us,
-                found.cpu_shares,
-                found.memory_swap_limit_bytes,
-            );
-            assert_eq!(found, expected);
-        };
+        let check =
+            |change: ContainerChange,
+             expected: (Option<u64>, Option<i64>, Option<u64>, Option<i64>)| {
+                let found = create(change).expect("valid").resources;
+                let found = (
+                    found.cpu_period_us,
+                    found.cpu_quota_us,
+                    found.cpu_shares,
+                    found.memory_swap_limit_bytes,
+                );
+                assert_eq!(found, expected);
+            };
         check(|_| {}, (None, None, None, None));
-        check(|c| limits(c).cpu_millis = 500, (Some(100_000), Some(50_000), Some(512), None));
-        check(|c| limits(c).cpu_millis = 1, (Some(100_000), Some(1000), Some(2), None));
-        check(|c| limits(c).cpu_quota = time(0, 20_000_000), (Some(100_000), Some(20_000), None, None));
-        check(|c| limits(c).memory_limit_bytes = 7, (None, None, None, Some(7)));
+        check(
+            |c| limits(c).cpu_millis = 500,
+            (Some(100_000), Some(50_000), Some(512), None),
+        );
+        check(
+            |c| limits(c).cpu_millis = 1,
+            (Some(100_000), Some(1000), Some(2), None),
+        );
+        check(
+            |c| limits(c).cpu_quota = time(0, 20_000_000),
+            (Some(100_000), Some(20_000), None, None),
+        );
+        check(
+            |c| limits(c).memory_limit_bytes = 7,
+            (None, None, None, Some(7)),
+        );
         check(
             |c| {
                 limits(c).memory_limit_bytes = 7;
@@ -1378,15 +1725,24 @@ mod tests {
             defaults: &defaults,
         };
         let ours = log(None, place(None)).expect("a log");
-        assert_eq!((ours.path.as_path(), ours.owned), (Path::new("/data/logs/n/0.log"), true));
+        assert_eq!(
+            (ours.path.as_path(), ours.owned),
+            (Path::new("/data/logs/n/0.log"), true)
+        );
         assert_eq!(ours.rotate_bytes, defaults.log_rotate_bytes);
         let wish = pb::LogConfig {
             rotate_bytes: 5,
             ..Default::default()
         };
         let theirs = log(Some(&wish), place(Some(Path::new("/var/log/x")))).expect("a log");
-        assert_eq!((theirs.path.as_path(), theirs.owned), (Path::new("/var/log/x/n/0.log"), false));
-        assert_eq!((theirs.rotate_bytes, theirs.keep_files), (5, defaults.log_keep_files));
+        assert_eq!(
+            (theirs.path.as_path(), theirs.owned),
+            (Path::new("/var/log/x/n/0.log"), false)
+        );
+        assert_eq!(
+            (theirs.rotate_bytes, theirs.keep_files),
+            (5, defaults.log_keep_files)
+        );
         let none = pb::LogConfig {
             disabled: true,
             ..Default::default()
@@ -1409,7 +1765,10 @@ mod tests {
         check(|s| s.working_dir = "x".to_owned(), "start.working_dir");
         check(|s| s.timeout = time(-1, 0), "start.timeout");
         check(|s| s.user = ":".to_owned(), "start.user");
-        check(|s| s.terminal_size = Some(pb::TerminalSize::default()), "start.tty");
+        check(
+            |s| s.terminal_size = Some(pb::TerminalSize::default()),
+            "start.tty",
+        );
         check(
             |s| {
                 s.tty = true;
@@ -1427,7 +1786,10 @@ mod tests {
             ..Default::default()
         })
         .expect("valid");
-        assert_eq!((terminal.size, terminal.stderr, terminal.timeout), (Some((80, 24)), false, None));
+        assert_eq!(
+            (terminal.size, terminal.stderr, terminal.timeout),
+            (Some((80, 24)), false, None)
+        );
     }
 
     #[test]
@@ -1460,18 +1822,17 @@ mod tests {
     #[test]
     fn credentials_do_not_print() {
         use pb::registry_auth::Credential;
-        let parse = |credential| {
-            auth(Some(pb::RegistryAuth {
-                credential,
-            }))
-        };
+        let parse = |credential| auth(Some(pb::RegistryAuth { credential }));
         let basic = parse(Some(Credential::Basic(pb::BasicAuth {
             username: "me".to_owned(),
             password: "hunter2".to_owned(),
         })));
         assert!(!format!("{basic:?}").contains("hunter2"));
         assert_eq!(field(parse(None)), "auth.credential");
-        assert_eq!(field(parse(Some(Credential::RegistryToken(String::new())))), "auth.registry_token");
+        assert_eq!(
+            field(parse(Some(Credential::RegistryToken(String::new())))),
+            "auth.registry_token"
+        );
         assert_eq!(auth(None).ok(), Some(RegistryAuth::Anonymous));
     }
 }

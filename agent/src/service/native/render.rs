@@ -13,7 +13,9 @@ use crate::{
     clock::Time,
     event::{self, EventKind},
     id::Face,
-    image::{Image, ImageConfig, LayerProgress, LayerState, Platform, PullProgress, PullStage, Pulled},
+    image::{
+        Image, ImageConfig, LayerProgress, LayerState, Platform, PullProgress, PullStage, Pulled,
+    },
     lifecycle::{
         Lifecycle, NATIVE_HANDLER,
         container::{Container, ContainerState, Exit, ExitReason},
@@ -332,7 +334,11 @@ fn platform(platform: &Platform) -> pb::Platform {
 
 /// An image.
 pub(super) fn image(image: &Image) -> pb::Image {
-    let built_at = image.config.created.as_deref().and_then(|text| text.parse::<jiff::Timestamp>().ok());
+    let built_at = image
+        .config
+        .created
+        .as_deref()
+        .and_then(|text| text.parse::<jiff::Timestamp>().ok());
     pb::Image {
         id: image.id.to_string(),
         tags: image.tags.iter().cloned().collect(),
@@ -340,11 +346,23 @@ pub(super) fn image(image: &Image) -> pb::Image {
         size_bytes: image.size_bytes,
         pinned: image.pinned,
         pulled_at: Some(timestamp(image.pulled_at)),
-        faces: image.faces.iter().map(|owner| face(*owner).into()).collect(),
+        faces: image
+            .faces
+            .iter()
+            .map(|owner| face(*owner).into())
+            .collect(),
         labels: map(&image.config.labels),
         built_at: built_at.map(|at| prost_types::Timestamp {
-            seconds: at.as_nanosecond().div_euclid(1_000_000_000).try_into().unwrap_or(0),
-            nanos: at.as_nanosecond().rem_euclid(1_000_000_000).try_into().unwrap_or(0),
+            seconds: at
+                .as_nanosecond()
+                .div_euclid(1_000_000_000)
+                .try_into()
+                .unwrap_or(0),
+            nanos: at
+                .as_nanosecond()
+                .rem_euclid(1_000_000_000)
+                .try_into()
+                .unwrap_or(0),
         }),
         platform: Some(platform(&image.config.platform)),
     }
@@ -405,7 +423,10 @@ fn layer_progress(layer: &LayerProgress) -> pb::LayerProgress {
 
 /// What a pull brought.
 pub(super) fn pulled(pulled: &Pulled) -> pb::PulledImage {
-    let digest = pulled.index_digest.as_ref().unwrap_or(&pulled.manifest_digest);
+    let digest = pulled
+        .index_digest
+        .as_ref()
+        .unwrap_or(&pulled.manifest_digest);
     pb::PulledImage {
         image_id: pulled.image.to_string(),
         reference: pulled.reference.to_string(),
@@ -463,9 +484,21 @@ pub(super) fn event(event: &event::Event) -> Option<pb::Event> {
         time: Some(timestamp(event.at)),
         kind: kind.into(),
         face: face(what.face).into(),
-        sandbox_id: what.sandbox_id.as_ref().map(ToString::to_string).unwrap_or_default(),
-        container_id: what.container_id.as_ref().map(ToString::to_string).unwrap_or_default(),
-        image_id: what.image_id.as_ref().map(ToString::to_string).unwrap_or_default(),
+        sandbox_id: what
+            .sandbox_id
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        container_id: what
+            .container_id
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        image_id: what
+            .image_id
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
         attributes,
     })
 }
@@ -506,7 +539,13 @@ pub(super) fn difference(difference: fsck::Difference) -> pb::Difference {
 }
 
 /// Use of a file system, with what statvfs(3) says of it.
-pub(super) fn filesystem(at: Time, mountpoint: &Path, bytes: u64, inodes: u64, whole: (u64, u64)) -> pb::FilesystemUsage {
+pub(super) fn filesystem(
+    at: Time,
+    mountpoint: &Path,
+    bytes: u64,
+    inodes: u64,
+    whole: (u64, u64),
+) -> pb::FilesystemUsage {
     pb::FilesystemUsage {
         mountpoint: mountpoint.to_string_lossy().into_owned(),
         used_bytes: bytes,
@@ -549,10 +588,20 @@ mod tests {
             };
             super::event(&event).map(|event| event.attributes)
         };
-        let one = |name: &str, value: &str| Some(HashMap::from([(name.to_owned(), value.to_owned())]));
-        assert_eq!(event(EventKind::SandboxLost, "reason", "x"), one("cause", "x"));
-        assert_eq!(event(EventKind::ContainerExited, "signal", "0"), Some(HashMap::new()));
-        assert_eq!(event(EventKind::ContainerExited, "signal", "9"), one("signal", "9"));
+        let one =
+            |name: &str, value: &str| Some(HashMap::from([(name.to_owned(), value.to_owned())]));
+        assert_eq!(
+            event(EventKind::SandboxLost, "reason", "x"),
+            one("cause", "x")
+        );
+        assert_eq!(
+            event(EventKind::ContainerExited, "signal", "0"),
+            Some(HashMap::new())
+        );
+        assert_eq!(
+            event(EventKind::ContainerExited, "signal", "9"),
+            one("signal", "9")
+        );
         assert_eq!(event(EventKind::ContainerUpdated, "x", "y"), None);
     }
 }

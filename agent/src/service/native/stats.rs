@@ -41,7 +41,8 @@ impl Wish {
     }
 
     fn wants_container(&self, container: &Container) -> bool {
-        let named = self.sandboxes.contains(&container.sandbox_id) || self.containers.contains(&container.id);
+        let named = self.sandboxes.contains(&container.sandbox_id)
+            || self.containers.contains(&container.id);
         (!self.is_named() || named) && parse::labels_match(&self.labels, &container.config.labels)
     }
 }
@@ -109,7 +110,10 @@ impl Sampler {
             memory: Some(memory(&metrics)),
             pids: Some(pids(&metrics)),
             io: Some(io(&metrics)),
-            interfaces: interfaces.iter().map(|(name, usage)| interface(name, usage)).collect(),
+            interfaces: interfaces
+                .iter()
+                .map(|(name, usage)| interface(name, usage))
+                .collect(),
         })
     }
 
@@ -137,14 +141,18 @@ impl Sampler {
         Ok(blocking::run("read cgroup", move || cgroups.metrics(&path)).await?)
     }
 
-    async fn writable(&mut self, container: &Container) -> Result<pb::FilesystemUsage, LifecycleError> {
+    async fn writable(
+        &mut self,
+        container: &Container,
+    ) -> Result<pb::FilesystemUsage, LifecycleError> {
         if let Some((at, known)) = self.writable.get(&container.id)
             && at.elapsed() < WRITABLE_EVERY
         {
             return Ok(known.clone());
         }
         let (rootfs, id) = (self.native.agent.rootfs.clone(), container.id.clone());
-        let usage = blocking::run("measure writable layer", move || rootfs.writable_usage(&id)).await?;
+        let usage =
+            blocking::run("measure writable layer", move || rootfs.writable_usage(&id)).await?;
         let data_dir = self.native.agent.config.data_dir.clone();
         let whole = super::node::filesystem_size(&data_dir).await;
         let usage = render::filesystem(Time::now(), &data_dir, usage.bytes, usage.inodes, whole);
@@ -153,7 +161,12 @@ impl Sampler {
         Ok(usage)
     }
 
-    fn cpu(&mut self, id: &str, metrics: &CgroupMetrics, before: &HashMap<String, (Time, u64)>) -> pb::CpuStats {
+    fn cpu(
+        &mut self,
+        id: &str,
+        metrics: &CgroupMetrics,
+        before: &HashMap<String, (Time, u64)>,
+    ) -> pb::CpuStats {
         let (now, usage) = (Time::now(), metrics.stats.cpu_usage_ns);
         self.cpu.insert(id.to_owned(), (now, usage));
         pb::CpuStats {
@@ -163,7 +176,9 @@ impl Sampler {
             throttled: Some(render::nanoseconds(metrics.cpu_throttled_ns)),
             periods: metrics.cpu_periods,
             throttled_periods: metrics.cpu_throttled_periods,
-            cores: before.get(id).and_then(|before| cores(*before, (now, usage))),
+            cores: before
+                .get(id)
+                .and_then(|before| cores(*before, (now, usage))),
             pressure: pressure(metrics, |all| &all.cpu),
         }
     }
@@ -194,7 +209,10 @@ fn pressure(
             avg300: line.avg300,
         })
     };
-    let all = metrics.pressure.as_ref().or(metrics.stats.pressure.as_ref())?;
+    let all = metrics
+        .pressure
+        .as_ref()
+        .or(metrics.stats.pressure.as_ref())?;
     let pressure = of(all);
     Some(pb::Pressure {
         some: share(&pressure.some),
@@ -254,7 +272,11 @@ fn interface(name: &str, usage: &InterfaceUse) -> pb::InterfaceStats {
 }
 
 /// A message at once, then one each `interval` until the caller leaves; a slow one gets fewer.
-pub(super) fn stream(sampler: Sampler, interval: Duration, one_shot: bool) -> Streamed<pb::StatsResponse> {
+pub(super) fn stream(
+    sampler: Sampler,
+    interval: Duration,
+    one_shot: bool,
+) -> Streamed<pb::StatsResponse> {
     let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let first: Option<(Sampler, Interval)> = Some((sampler, ticks));
