@@ -9,6 +9,7 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -141,6 +142,7 @@ impl Agent {
         let began = clock::boot_ns();
         let locks = vec![lock(&config.data_dir)?, lock(&config.run_dir)?];
         let instance = instance(&config.data_dir)?;
+        make_logs_dir(&config.data_dir)?;
         let tables = Tables::new()
             .with::<Node>()
             .with::<Intent>()
@@ -290,6 +292,20 @@ fn lock(dir: &Path) -> Result<File, StartError> {
         Err(rustix::io::Errno::WOULDBLOCK) => Err(StartError::InUse { path: dir.into() }),
         Err(error) => Err(file("lock", &path)(error.into())),
     }
+}
+
+/// Logs of containers lie here; nobody else need see them.
+fn make_logs_dir(data_dir: &Path) -> Result<(), StartError> {
+    let path = data_dir.join("logs");
+    let made = fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(&path);
+    made.map_err(|source| StartError::File {
+        action: "create directory",
+        path,
+        source,
+    })
 }
 
 /// Reads the instance id, or makes one for a new data directory.

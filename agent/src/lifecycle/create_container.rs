@@ -285,7 +285,10 @@ impl Operation for CreateContainer {
     type Error = LifecycleError;
 
     fn key(&self) -> OperationKey {
-        let config = serde_json::to_string(&self.config).expect("configurations have string keys");
+        // The request itself is left out: equal ones need not be encoded equally.
+        let mut config = self.config.clone();
+        config.request = serde_json::Value::Null;
+        let config = serde_json::to_string(&config).expect("configurations have string keys");
         OperationKey(format!("{}/{config}", self.sandbox_id))
     }
 

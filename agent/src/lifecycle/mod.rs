@@ -26,6 +26,7 @@ mod exit;
 mod files;
 mod find;
 mod held;
+pub mod logs;
 mod recover;
 mod remove_container;
 mod remove_pod_sandbox;

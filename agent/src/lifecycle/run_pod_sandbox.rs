@@ -129,8 +129,10 @@ impl Operation for RunPodSandbox {
     type Error = LifecycleError;
 
     fn key(&self) -> OperationKey {
-        let config = serde_json::to_string(&self.config).expect("configurations have string keys");
-        OperationKey(config)
+        // The request itself is left out: equal ones need not be encoded equally.
+        let mut config = self.config.clone();
+        config.request = serde_json::Value::Null;
+        OperationKey(serde_json::to_string(&config).expect("configurations have string keys"))
     }
 
     /// The name, not the new id: a retry of the same wish has another id.

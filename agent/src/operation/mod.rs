@@ -183,6 +183,25 @@ pub struct Running {
     pub stage: Stage,
 }
 
+/// An operation that ended a short time ago, as an operator sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finished {
+    /// Its id.
+    pub id: OperationId,
+    /// Its name.
+    pub name: &'static str,
+    /// What it held.
+    pub subject: Subject,
+    /// Its input's `id` and `config.face`, where it has them.
+    pub input: serde_json::Value,
+    /// Since when it ran.
+    pub started_at: Time,
+    /// When it ended.
+    pub ended_at: Time,
+    /// Why it failed, with causes; none if it worked.
+    pub error: Option<String>,
+}
+
 /// Durable row of an operation between its two commits.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Intent {
@@ -219,7 +238,12 @@ struct Table {
     running: HashMap<Subject, Entry>,
     /// Results whose callers had all left, oldest first, for the retry that asks again.
     unclaimed: VecDeque<(OperationKey, Done)>,
+    /// The last ones that ended, oldest first, for operators.
+    finished: VecDeque<Finished>,
 }
+
+/// Ended operations that are remembered.
+const FINISHED: usize = 256;
 
 /// Results of abandoned requests that are kept.
 const UNCLAIMED: usize = 256;
@@ -264,6 +288,11 @@ impl Operations {
             .collect();
         all.sort_by_key(|running| running.started_at);
         all
+    }
+
+    /// The operations that ended last, oldest first.
+    pub fn finished(&self) -> Vec<Finished> {
+        self.lock().finished.iter().cloned().collect()
     }
 
     /// Tells the operation to unwind; false if none with this id runs.

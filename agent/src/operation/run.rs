@@ -8,8 +8,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, info, warn};
 
 use super::{
-    Context, Done, Entry, Intent, OnRestart, Operation, OperationError, Operations, Over, Stage,
-    UNCLAIMED, crash, ended,
+    Context, Done, Entry, FINISHED, Finished, Intent, OnRestart, Operation, OperationError,
+    Operations, Over, Stage, UNCLAIMED, crash, ended,
 };
 use crate::{
     clock::Time,
@@ -238,9 +238,14 @@ impl Operations {
     /// Publishes the result and frees the subject.
     fn finish<O: Operation>(&self, operation: &O, task: &Task, outcome: Outcome<O>) {
         let succeeded = outcome.is_ok();
+        let finished = finished(operation, task, &outcome);
         let done: Done = Arc::new(outcome);
         let mut table = self.lock();
         table.running.remove(&operation.subject());
+        if table.finished.len() >= FINISHED {
+            table.finished.pop_front();
+        }
+        table.finished.push_back(finished);
         if succeeded && task.done.receiver_count() <= 1 {
             // Only the table's own receiver was left: every caller is gone.
             if table.unclaimed.len() >= UNCLAIMED {
@@ -350,6 +355,33 @@ fn result<O: Operation>(done: &Done) -> Outcome<O> {
     done.downcast_ref::<Outcome<O>>()
         .cloned()
         .unwrap_or_else(|| Err(died::<O>()))
+}
+
+fn finished<O: Operation>(operation: &O, task: &Task, outcome: &Outcome<O>) -> Finished {
+    // The whole input may be large; this is what tells its object.
+    let input = serde_json::to_value(operation).expect("operations have string keys");
+    let face = input.get("config").and_then(|config| config.get("face"));
+    Finished {
+        id: task.context.id.clone(),
+        name: O::NAME,
+        subject: operation.subject(),
+        input: serde_json::json!({ "id": input.get("id"), "config": { "face": face } }),
+        started_at: task.started_at,
+        ended_at: Time::now(),
+        error: outcome.as_ref().err().map(|error| chain(error)),
+    }
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 fn died<O: Operation>() -> OperationError<O::Error> {

@@ -7,7 +7,12 @@ use longshore_proto::{
         self as cri_proto, image_service_server::ImageServiceServer as CriImageServer,
         runtime_service_server::RuntimeServiceServer,
     },
-    longshore::v1::{self as native_proto},
+    longshore::v1::{
+        self as native_proto, event_service_server::EventServiceServer,
+        image_service_server::ImageServiceServer, lifecycle_service_server::LifecycleServiceServer,
+        network_service_server::NetworkServiceServer, node_service_server::NodeServiceServer,
+        operation_service_server::OperationServiceServer,
+    },
 };
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
@@ -19,7 +24,7 @@ use tonic::{
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::info;
 
-use super::cri::Cri;
+use super::{cri::Cri, native::Native};
 use crate::{
     agent::Agent,
     config::{ServerConfig, TlsConfig},
@@ -27,6 +32,9 @@ use crate::{
 
 /// Longest message that is taken or sent: kubelet's client accepts as much.
 const MESSAGE_BYTES: usize = 16 << 20;
+
+/// Time that calls have to end once the agent stops.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// Why nothing can be served.
 #[derive(Debug, thiserror::Error)]
@@ -81,31 +89,46 @@ pub async fn serve(agent: &Arc<Agent>, stop: CancellationToken) -> Result<(), Se
             UnixListenerStream::new(unix),
             stop.clone().cancelled_owned(),
         );
-    info!(socket = %path.display(), "serving");
-    ready(&stop);
-    match tcp {
-        None => on_unix.await?,
+    let on_tcp = match tcp {
+        None => None,
         Some(listener) => {
             info!(address = ?listener.local_addr().ok(), "serving");
-            let on_tcp = server(Some(&agent.config.server))?
-                .add_routes(routes)
-                .serve_with_incoming_shutdown(
-                    TcpListenerStream::new(listener),
-                    stop.clone().cancelled_owned(),
-                );
-            let (unix, tcp) = tokio::join!(on_unix, on_tcp);
-            unix?;
-            tcp?;
+            let server = server(Some(&agent.config.server))?.add_routes(routes);
+            let incoming = TcpListenerStream::new(listener);
+            Some(server.serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned()))
         }
+    };
+    info!(socket = %path.display(), "serving");
+    ready(&stop);
+    let serving = async {
+        let tcp = async {
+            match on_tcp {
+                Some(serving) => serving.await,
+                None => Ok(()),
+            }
+        };
+        tokio::try_join!(on_unix, tcp).map(drop)
+    };
+    tokio::select! {
+        ended = serving => ended?,
+        // Watches and followed logs never end by themselves; their clients resume elsewhere.
+        () = patience(&stop) => info!("open streams are cut off"),
     }
     // A socket that nobody serves only puzzles clients; the next agent makes its own.
     let _ = fs::remove_file(path);
     Ok(())
 }
 
+/// Ends some time after the stop.
+async fn patience(stop: &CancellationToken) {
+    stop.cancelled().await;
+    tokio::time::sleep(PATIENCE).await;
+}
+
 async fn routes(agent: &Arc<Agent>) -> Result<Routes, ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let cri = Cri::new(Arc::clone(agent));
+    let native = Native::new(Arc::clone(agent));
     macro_rules! limited {
         ($server:ty, $service:expr) => {{
             health.set_serving::<$server>().await;
@@ -118,6 +141,12 @@ async fn routes(agent: &Arc<Agent>) -> Result<Routes, ServeError> {
     routes
         .add_service(limited!(RuntimeServiceServer<Cri>, cri.clone()))
         .add_service(limited!(CriImageServer<Cri>, cri))
+        .add_service(limited!(ImageServiceServer<Native>, native.clone()))
+        .add_service(limited!(NetworkServiceServer<Native>, native.clone()))
+        .add_service(limited!(LifecycleServiceServer<Native>, native.clone()))
+        .add_service(limited!(OperationServiceServer<Native>, native.clone()))
+        .add_service(limited!(EventServiceServer<Native>, native.clone()))
+        .add_service(limited!(NodeServiceServer<Native>, native))
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);

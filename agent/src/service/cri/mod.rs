@@ -18,13 +18,13 @@ use crate::agent::Agent;
 
 /// CRI's two services over one agent.
 #[derive(Clone)]
-pub struct Cri {
+pub(super) struct Cri {
     agent: Arc<Agent>,
 }
 
 impl Cri {
     /// Serves this agent.
-    pub fn new(agent: Arc<Agent>) -> Self {
+    pub(super) fn new(agent: Arc<Agent>) -> Self {
         Self { agent }
     }
 }

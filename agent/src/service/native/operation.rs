@@ -22,7 +22,7 @@ use crate::{
     id::{Digest, Face, OperationId},
     image::{Pull, PullRequest, PullStage, RunningPull},
     lifecycle::{container::Container, sandbox::Sandbox},
-    operation::{Intent, Running, Subject},
+    operation::{Finished, Intent, Running, Subject},
     service::edge,
     store::Snapshot,
 };
@@ -174,6 +174,13 @@ impl Native {
             .map(|running| operation(&at, running))
             .collect();
         all.extend(self.agent.images.running_pulls().iter().map(running_pull));
+        all.extend(
+            self.agent
+                .operations
+                .finished()
+                .iter()
+                .map(|finished| self::finished(&at, finished)),
+        );
         all.extend(self.pulls.ended());
         all
     }
@@ -286,6 +293,26 @@ fn operation(at: &Snapshot, running: &Running) -> pb::Operation {
         started_at: Some(render::timestamp(running.started_at)),
         state: state.into(),
         error: String::new(),
+    }
+}
+
+/// An operation that ended.
+fn finished(at: &Snapshot, finished: &Finished) -> pb::Operation {
+    let subject = subject(finished.name, &finished.subject, Some(&finished.input));
+    let state = match finished.error {
+        None => pb::OperationState::Succeeded,
+        Some(_) => pb::OperationState::Failed,
+    };
+    pb::Operation {
+        id: finished.id.to_string(),
+        name: finished.name.to_owned(),
+        face: render::face(face(at, &subject, Some(&finished.input))).into(),
+        subject,
+        stage: String::new(),
+        stage_since: Some(render::timestamp(finished.ended_at)),
+        started_at: Some(render::timestamp(finished.started_at)),
+        state: state.into(),
+        error: finished.error.clone().unwrap_or_default(),
     }
 }
 
