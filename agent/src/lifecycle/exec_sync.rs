@@ -8,15 +8,16 @@ use super::{
 };
 use crate::id::Face;
 
-/// Most that is kept of each stream; the rest is read and dropped, so that the command goes on.
-const LIMIT: usize = 16 << 20;
+/// Most that is kept of both streams together; the rest is read and dropped, so that the command
+/// goes on. With what is around it, it fits the 16 MiB of a message that clients take.
+const LIMIT: usize = (16 << 20) - 4096;
 
 /// A finished command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExecOutput {
-    /// What it wrote to stdout, at most 16 MiB.
+    /// What it wrote to stdout, at most 16 MiB together with the other stream.
     pub stdout: Vec<u8>,
-    /// What it wrote to stderr, at most 16 MiB.
+    /// What it wrote to stderr, at most 16 MiB together with the other stream.
     pub stderr: Vec<u8>,
     /// 0 to 255; 128 and the signal if one ended it.
     pub exit_code: i32,
@@ -65,17 +66,19 @@ async fn collect(session: &mut Session) -> (Vec<u8>, Vec<u8>, super::session::Se
         tokio::pin!(exited);
         loop {
             // Each arm may be cancelled: reads take whole chunks, and the exit is kept.
+            let room = LIMIT - stdout.len() - stderr.len();
             tokio::select! {
                 exit = &mut exited => break exit,
-                chunk = next(&mut out) => keep(&mut out, &mut stdout, chunk),
-                chunk = next(&mut err) => keep(&mut err, &mut stderr, chunk),
+                chunk = next(&mut out) => keep(&mut out, &mut stdout, chunk, room),
+                chunk = next(&mut err) => keep(&mut err, &mut stderr, chunk, room),
             }
         }
     };
-    for (stream, kept) in [(out, &mut stdout), (err, &mut stderr)] {
-        if let Some(mut stream) = stream {
-            kept.extend(stream.drain(LIMIT - kept.len()));
-        }
+    if let Some(mut stream) = out {
+        stdout.extend(stream.drain(LIMIT - stdout.len() - stderr.len()));
+    }
+    if let Some(mut stream) = err {
+        stderr.extend(stream.drain(LIMIT - stdout.len() - stderr.len()));
     }
     (stdout, stderr, exit)
 }
@@ -87,12 +90,9 @@ async fn next(stream: &mut Option<Output>) -> Option<bytes::Bytes> {
     }
 }
 
-fn keep(stream: &mut Option<Output>, kept: &mut Vec<u8>, chunk: Option<bytes::Bytes>) {
+fn keep(stream: &mut Option<Output>, kept: &mut Vec<u8>, chunk: Option<bytes::Bytes>, room: usize) {
     match chunk {
-        Some(chunk) => {
-            let room = LIMIT - kept.len();
-            kept.extend_from_slice(&chunk[..chunk.len().min(room)]);
-        }
+        Some(chunk) => kept.extend_from_slice(&chunk[..chunk.len().min(room)]),
         None => *stream = None,
     }
 }

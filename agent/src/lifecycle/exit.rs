@@ -215,6 +215,12 @@ pub(super) fn lost(at: &Snapshot, sandbox: &Sandbox, reason: &str) -> Changes {
     let mut sandbox = sandbox.clone();
     sandbox.attachment = None;
     sandbox.shim_pid = 0;
+    if !sandbox.is_ready() {
+        // Its stop was under way, and this is what there was to stop.
+        let event =
+            EventDraft::new(EventKind::SandboxStopped, sandbox.config.face).sandbox(&sandbox.id);
+        return changes.update(sandbox).event(event);
+    }
     sandbox.state = SandboxState::Lost {
         reason: reason.to_owned(),
     };

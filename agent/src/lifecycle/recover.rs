@@ -33,8 +33,12 @@ impl Lifecycle {
     /// `Store`; a single sandbox that can't be recovered is reported as lost instead.
     pub async fn recover(self: &Arc<Self>, rebooted: bool) -> Result<(), LifecycleError> {
         let snapshot = self.store.snapshot();
-        let ready: Vec<_> = snapshot.all::<Sandbox>().filter(|s| s.is_ready()).collect();
-        let recovered = join_all(ready.iter().map(|sandbox| async {
+        // One whose stop was cut short still has its shim, and with it the exits to come.
+        let live: Vec<_> = snapshot
+            .all::<Sandbox>()
+            .filter(|sandbox| sandbox.shim_pid != 0)
+            .collect();
+        let recovered = join_all(live.iter().map(|sandbox| async {
             if rebooted {
                 self.lost_by_reboot(sandbox).await
             } else {

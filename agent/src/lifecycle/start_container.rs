@@ -100,11 +100,16 @@ impl Operation for StartContainer {
         on: &Arc<Lifecycle>,
         _: &Context,
     ) -> Result<Option<()>, LifecycleError> {
-        Ok(on
-            .handler
-            .start(&self.sandbox_id, &self.id)
-            .await
-            .map(Some)?)
+        // A start that an earlier agent began may have been found done when its shim answered.
+        let waits = on
+            .store
+            .snapshot()
+            .get::<Container>(self.id.as_str())
+            .is_some_and(|container| matches!(container.state, ContainerState::Created { .. }));
+        if waits {
+            on.handler.start(&self.sandbox_id, &self.id).await?;
+        }
+        Ok(None)
     }
 
     async fn undo(&self, Step::Execute: Step, _: &Arc<Lifecycle>) -> Result<(), LifecycleError> {
@@ -133,6 +138,9 @@ impl Operation for StartContainer {
         let (Some(error), Some(container)) = (error, at.get::<Container>(self.id.as_str())) else {
             return Changes::new();
         };
+        if !matches!(container.state, ContainerState::Created { .. }) {
+            return Changes::new();
+        }
         let mut container = Container::clone(&container);
         container.state = ContainerState::Exited(Exit {
             code: START_FAILED,

@@ -18,7 +18,7 @@ use crate::{
 
 /// After SIGKILL to the whole cgroup the exit is a matter of milliseconds, unless a process hangs
 /// in the kernel.
-const KILL_PATIENCE: Duration = Duration::from_secs(30);
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Lifecycle {
     /// Asks a container to end, and makes it after `grace` (none: its own). Unknown or not
@@ -99,10 +99,18 @@ impl Lifecycle {
         let (cgroups, path) = (Arc::clone(&self.cgroups), container.cgroup.clone());
         blocking::run("kill cgroup", move || cgroups.kill(&path)).await?;
         let exited = tokio::time::timeout(KILL_PATIENCE, self.exited(&container.id)).await;
-        if exited.is_err() {
-            return Err(wrong_state(container, "CONTAINER_EXITED"));
+        if exited.is_ok() {
+            return Ok(());
         }
-        Ok(())
+        let (cgroups, path) = (Arc::clone(&self.cgroups), container.cgroup.clone());
+        let left = blocking::run("list processes", move || cgroups.processes(&path)).await?;
+        if left.is_empty() {
+            // Nothing runs any more, and whoever should have told how it ended does not.
+            self.container_lost(container, "its supervisor did not report its exit")
+                .await
+        } else {
+            Err(wrong_state(container, "CONTAINER_EXITED"))
+        }
     }
 
     /// Sends the stop signal unless another caller did.

@@ -476,9 +476,8 @@ impl ToStatus for ImageError {
         match self {
             Self::Reference(_) => Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
                 .fact("field", "image.image"),
-            Self::Auth(_) => {
-                Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField).fact("field", "auth")
-            }
+            Self::Auth(_) => Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
+                .fact("field", "auth.auth"),
             Self::RegistryUnavailable { host, .. }
             | Self::Tls { endpoint: host, .. }
             | Self::RateLimited { host, .. }

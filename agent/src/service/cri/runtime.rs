@@ -141,9 +141,10 @@ fn streams(tty: bool, stdin: bool, stdout: bool, stderr: bool) -> Result<(), Sta
 }
 
 fn command(cmd: &[String]) -> Result<(), Status> {
-    if cmd.first().is_none_or(String::is_empty) {
-        return Err(refused(EdgeError::missing("cmd")));
-    }
+    let program = cmd
+        .first()
+        .ok_or_else(|| refused(EdgeError::missing("cmd")))?;
+    edge::required("cmd[0]", program).map_err(refused)?;
     if let Some(at) = cmd.iter().position(|word| word.contains('\0')) {
         return Err(refused(EdgeError::invalid(
             format!("cmd[{at}]"),
