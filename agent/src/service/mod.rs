@@ -7,6 +7,7 @@
 //! ```
 //! Each method is parse, call, render. Every domain error becomes a status in [`status`].
 
+mod authority;
 mod cri;
 pub mod edge;
 mod native;

@@ -2,6 +2,7 @@
 
 use std::{fs, io, net::SocketAddr, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc};
 
+use futures_util::TryStreamExt as _;
 use longshore_proto::{
     cri::v1::{
         self as cri_proto, image_service_server::ImageServiceServer as CriImageServer,
@@ -24,7 +25,7 @@ use tonic::{
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::info;
 
-use super::{cri::Cri, native::Native};
+use super::{authority::AnyAuthority, cri::Cri, native::Native};
 use crate::{
     agent::Agent,
     config::{ServerConfig, TlsConfig},
@@ -86,7 +87,7 @@ pub async fn serve(agent: &Arc<Agent>, stop: CancellationToken) -> Result<(), Se
     let on_unix = server(None)?
         .add_routes(routes.clone())
         .serve_with_incoming_shutdown(
-            UnixListenerStream::new(unix),
+            UnixListenerStream::new(unix).map_ok(AnyAuthority::new),
             stop.clone().cancelled_owned(),
         );
     let on_tcp = match tcp {
