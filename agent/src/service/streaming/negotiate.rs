@@ -73,18 +73,21 @@ pub(super) struct Refusal {
     pub(super) header: Option<(HeaderName, String)>,
 }
 
+/// How commands are served.
+pub(super) type AgreedCommand = Agreed<ErrorStyle, (Coding, ErrorStyle)>;
+/// How ports are forwarded.
+pub(super) type AgreedForward = Agreed<(), Forward>;
+
 /// Headers of the answer that upgrades the connection.
 pub(super) type Answer = Vec<(HeaderName, String)>;
 
 /// Agrees on how a command is served.
-pub(super) fn command(
-    headers: &HeaderMap,
-) -> Result<(Agreed<ErrorStyle, (Coding, ErrorStyle)>, Answer), Refusal> {
+pub(super) fn command(headers: &HeaderMap) -> Result<(AgreedCommand, Answer), Refusal> {
     agree(headers, &COMMAND_SPDY, &COMMAND_WEBSOCKET)
 }
 
 /// Agrees on how ports are forwarded.
-pub(super) fn port_forward(headers: &HeaderMap) -> Result<(Agreed<(), Forward>, Answer), Refusal> {
+pub(super) fn port_forward(headers: &HeaderMap) -> Result<(AgreedForward, Answer), Refusal> {
     agree(headers, &FORWARD_SPDY, &FORWARD_WEBSOCKET)
 }
 

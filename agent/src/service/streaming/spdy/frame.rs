@@ -384,7 +384,8 @@ mod tests {
 
     #[test]
     fn known_bytes() {
-        let cases: [(&[u8], Result<Vec<Frame>, FrameError>); 9] = [
+        type Found = Result<Vec<Frame>, FrameError>;
+        let cases: [(&[u8], Found); 9] = [
             (
                 &[0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1],
                 Ok(vec![Frame::Ping { id: 1 }]),

@@ -290,7 +290,7 @@ impl<T: AsyncRead + AsyncWrite> Reader<T> {
 
     fn open(&self, id: u32, fin: bool, headers: Headers) -> Opening {
         let mut streams = self.streams();
-        if id % 2 == 0 || id <= streams.last {
+        if id.is_multiple_of(2) || id <= streams.last {
             return Opening::Refused(reset::PROTOCOL);
         }
         streams.last = id;
