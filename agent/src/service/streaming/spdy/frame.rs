@@ -438,6 +438,40 @@ mod tests {
         }
     }
 
+    /// Two streams as the library of Kubernetes' clients opens them; the second block builds on the
+    /// first.
+    #[test]
+    fn frames_of_another_implementation_are_read() {
+        let wire = hex::decode(
+            "800300010000003d0000000100000000000078f9e3c6a7c202253a703a2b294a4dcc851625aca9a0808614cb45a0\
+             24cc6461c0c0c0c0590489c44c50e2663407000000ffff800300010000001800000003000000000000c2aa15540a\
+             2512d209000000ffff",
+        )
+        .expect("hex");
+        let found =
+            frames(&mut Decoder::new(), &mut BytesMut::from(&wire[..])).expect("well formed");
+        let said: Vec<_> = found
+            .iter()
+            .map(|frame| match frame {
+                Frame::Open { id, fin, headers } => (
+                    *id,
+                    *fin,
+                    headers.get("streamtype"),
+                    headers.get("port"),
+                    headers.get("requestid"),
+                ),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(
+            said,
+            [
+                (1, false, Some("error"), Some("80"), Some("7")),
+                (3, false, Some("data"), Some("80"), Some("7")),
+            ]
+        );
+    }
+
     #[test]
     fn a_skipped_frame_is_not_kept() {
         let mut decoder = Decoder::new();
