@@ -137,7 +137,10 @@ impl Operation for RemoveContainer {
         match step {
             Step::Kill if container.is_running() => on.kill_container(&container).await?,
             Step::Kill => {}
-            Step::Delete => on.delete_process(&container.sandbox_id, &self.id).await?,
+            Step::Delete => {
+                on.forget_sample(self.id.as_str());
+                on.delete_process(&container.sandbox_id, &self.id).await?;
+            }
             Step::Cgroup => on.remove_cgroup(&container.cgroup).await?,
             Step::Root => on.remove_root(&container.sandbox_id, &self.id).await?,
             Step::Log => remove_log(&container).await?,

@@ -140,7 +140,10 @@ impl Operation for RemovePodSandbox {
                 blocking::run("remove sandbox directory", move || files::remove(&dir)).await?;
                 on.settle(&self.id);
             }
-            Step::Cgroup => on.remove_cgroup(&sandbox.cgroup).await?,
+            Step::Cgroup => {
+                on.forget_sample(self.id.as_str());
+                on.remove_cgroup(&sandbox.cgroup).await?;
+            }
         }
         Ok(None)
     }

@@ -189,15 +189,12 @@ impl Lifecycle {
         next.rate
     }
 
-    /// Forgets samples of what is gone; called now and then.
-    pub fn forget_old_samples(&self) {
-        let snapshot = self.store.snapshot();
+    /// Forgets the sample of what is gone.
+    pub(super) fn forget_sample(&self, id: &str) {
         self.samples
             .lock()
             .expect("no panic while this lock is held")
-            .retain(|id, _| {
-                snapshot.get::<Container>(id).is_some() || snapshot.get::<Sandbox>(id).is_some()
-            });
+            .remove(id);
     }
 }
 

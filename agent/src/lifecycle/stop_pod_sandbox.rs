@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Lifecycle, LifecycleError,
-    container::Container,
+    container::{Container, ContainerState},
     files,
     sandbox::{Sandbox, SandboxState},
 };
@@ -50,7 +50,7 @@ impl Lifecycle {
             .collect()
     }
 
-    /// Ends every container of a sandbox, also those being made.
+    /// Ends every container of a sandbox, also those being made or waiting for their start.
     pub(super) async fn end_containers(
         &self,
         sandbox: &SandboxId,
@@ -60,11 +60,12 @@ impl Lifecycle {
             .preempt(&format!("container-name/{sandbox}/"))
             .await;
         let containers = self.containers_of(&self.store.snapshot(), sandbox);
-        let ended = join_all(
-            containers
-                .iter()
-                .map(|container| self.end_container(container, grace)),
-        )
+        let ended = join_all(containers.iter().map(|container| async move {
+            match container.state {
+                ContainerState::Created { .. } => self.kill_container(container).await,
+                _ => self.end_container(container, grace).await,
+            }
+        }))
         .await;
         ended.into_iter().collect()
     }
