@@ -581,6 +581,7 @@ async fn a_registry_that_lies_is_found_out() -> Result<()> {
         assert!(list(&mut images).await?.is_empty(), "{what}");
     }
     expect_no_layers(&node)?;
+    prune(&node).await?;
     node.finish().await
 }
 
@@ -588,6 +589,16 @@ fn code(error: &anyhow::Error) -> Option<Code> {
     error
         .downcast_ref::<tonic::Status>()
         .map(tonic::Status::code)
+}
+
+/// What failed pulls fetched is kept for the next attempt, a day at most, or until this.
+async fn prune(node: &Node) -> Result<()> {
+    use longshore_proto::longshore::v1::{
+        PruneImagesRequest, image_service_client::ImageServiceClient,
+    };
+    let mut client = ImageServiceClient::new(node.channel());
+    client.prune_images(PruneImagesRequest::default()).await?;
+    Ok(())
 }
 
 fn expect_no_layers(node: &Node) -> Result<()> {
@@ -725,6 +736,7 @@ async fn hostile_layers_leave_nothing_outside_and_end_in_an_error() -> Result<()
         expect_canary(&canary).with_context(|| what.to_owned())?;
     }
     expect_no_layers(&node)?;
+    prune(&node).await?;
     node.finish().await
 }
 

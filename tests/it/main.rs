@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod crash;
+mod foreign;
 mod images;
 mod lifecycle;
 mod native;

@@ -19,6 +19,8 @@ pub(crate) enum Probe {
     Program(&'static str),
     /// A file.
     File(&'static str),
+    /// A module of python3.
+    Module(&'static str),
     /// A library that pkg-config knows.
     Library(&'static str),
 }
@@ -57,6 +59,10 @@ pub(crate) const TESTS: &[Package] = &[
     program("libcap2-bin", "capsh"),
     program("util-linux", "unshare"),
     program("python3", "python3"),
+    Package {
+        name: "python3-venv",
+        there: Probe::Module("ensurepip"),
+    },
 ];
 
 /// The peer of the benchmark.
@@ -85,6 +91,9 @@ fn is_there(package: &Package) -> bool {
     match package.there {
         Probe::Program(name) => find(name).is_some(),
         Probe::File(path) => Path::new(path).exists(),
+        Probe::Module(name) => Run::new("python3")
+            .args(["-c", &format!("import {name}")])
+            .works(),
         Probe::Library(name) => Run::new("pkg-config").args(["--exists", name]).works(),
     }
 }

@@ -159,6 +159,12 @@ fn tests(workspace: &Workspace, wishes: &Wishes, skipped: &mut Skipped) -> Step 
             Err(why) => skipped.add("the Debian root file system as an image", why),
         }
     }
+    if !wishes.quick {
+        match python(workspace) {
+            Ok(python) => run = run.env("LONGSHORE_PYTHON", python),
+            Err(why) => skipped.add("a Python client generated from the proto files", why),
+        }
+    }
     let before = world();
     run.env("LONGSHORE_PAGE_SERVER", workspace.page_server())
         .env("LONGSHORE_BIN_DIR", workspace.target.join("debug"))
@@ -176,6 +182,31 @@ fn tests(workspace: &Workspace, wishes: &Wishes, skipped: &mut Skipped) -> Step 
     }
     read_skips(&skips, "", skipped);
     Ok(())
+}
+
+/// A Python with grpcio-tools, kept in the target folder.
+fn python(workspace: &Workspace) -> Result<PathBuf, String> {
+    let dir = workspace.target.join("python");
+    let python = dir.join("bin/python");
+    let ready = || Run::new(&python).args(["-c", "import grpc_tools"]).works();
+    if !ready() {
+        Run::new("python3").args(["-m", "venv"]).arg(&dir).check()?;
+        Run::new(&python)
+            .args([
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "grpcio-tools",
+            ])
+            .check()?;
+    }
+    if ready() {
+        Ok(python)
+    } else {
+        Err("grpcio-tools does not install".to_owned())
+    }
 }
 
 fn read_skips(path: &Path, place: &str, skipped: &mut Skipped) {
