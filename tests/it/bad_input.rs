@@ -1158,7 +1158,7 @@ fn cri_runtime(table: &mut Table, bench: &Bench, pod_: &Pod, id: &str) {
     );
     for (what, cmd, timeout, field) in [
         ("no command", vec![], 0, "cmd"),
-        ("an empty program", vec![String::new()], 0, "cmd[0]"),
+        ("an empty program", vec![String::new()], 0, "cmd"),
         ("a NUL in the command", vec!["a\0".to_owned()], 0, "cmd[0]"),
         ("a negative timeout", vec!["true".to_owned()], -1, "timeout"),
         (
@@ -1353,7 +1353,7 @@ fn streams(
 const REFERENCES: &[&str] = &[
     "",
     " ",
-    "UPPER/case",
+    "host.example/UPPER",
     "a//b",
     "/leading",
     "trailing/",
@@ -1424,7 +1424,7 @@ fn cri_images(table: &mut Table, bench: &Bench) {
             auth: Some(auth),
             ..Default::default()
         };
-        table.add("pull_image", what, INVALID, "auth.auth", async move {
+        table.add("pull_image", what, INVALID, "auth", async move {
             client.pull_image(request).await
         });
     }
