@@ -1453,37 +1453,6 @@ async fn events_come_in_order_with_the_state_of_now() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn image_volumes_of_the_config_start_with_their_content() -> Result<()> {
-    let mut bench = Bench::start().await?;
-    let layer = LayerBuilder::new()
-        .dir("data")
-        .entry(
-            tar::EntryType::Regular,
-            "data/seed",
-            None,
-            0o600,
-            (33, 33),
-            b"seed\n",
-        )
-        .build();
-    let image = ImageBuilder::new(vec![longshore_tests::images::toolbox_layer()?, layer])
-        .set("Volumes", json!({"/data": {}}))
-        .build();
-    bench.offer("volumes:1", &image).await?;
-    let reference = bench.registry.reference("volumes:1");
-    let pod = bench.run(pod("volumes")).await?;
-    let mut config = script(
-        "main",
-        &reference,
-        "cat /data/seed; stat -c %u:%a /data/seed; touch /data/new && echo writable",
-    );
-    security(&mut config).readonly_rootfs = true;
-    let (_, output) = bench.run_to_end(&pod, config).await?;
-    assert_eq!(output, "seed\n33:600\nwritable\n");
-    bench.finish().await
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_node_says_that_it_is_ready() -> Result<()> {
     let mut bench = Bench::start().await?;
     let version = bench
