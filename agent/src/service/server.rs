@@ -31,11 +31,8 @@ use crate::{
     config::{ServerConfig, TlsConfig},
 };
 
-/// Longest message that is taken: kubelet's client sends no longer ones.
+/// Longest message that is taken or sent: kubelet's client accepts as much.
 const MESSAGE_BYTES: usize = 16 << 20;
-
-/// Longest message that is sent: both outputs of an ExecSync at their limits, and what is around them.
-const ANSWER_BYTES: usize = 33 << 20;
 
 /// Time that calls have to end once the agent stops.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
@@ -138,7 +135,7 @@ async fn routes(agent: &Arc<Agent>) -> Result<Routes, ServeError> {
             health.set_serving::<$server>().await;
             <$server>::new($service)
                 .max_decoding_message_size(MESSAGE_BYTES)
-                .max_encoding_message_size(ANSWER_BYTES)
+                .max_encoding_message_size(MESSAGE_BYTES)
         }};
     }
     let mut routes = Routes::builder();

@@ -53,8 +53,9 @@ async fn demo(once: bool) -> Result<()> {
     let forwarding = Forwarding::read();
     let mut scope = Scope {
         machine: machine.clone(),
-        cgroups: "longshore-".to_owned(),
-        commands: vec!["longshored".to_owned(), "longshore-shim".to_owned()],
+        // Nothing yet bears the name of the instance that is to come.
+        cgroups: String::new(),
+        commands: Vec::new(),
         dirs: Vec::new(),
         namespaces: true,
     };
@@ -67,8 +68,10 @@ async fn demo(once: bool) -> Result<()> {
     })
     .await
     .context("start longshored")?;
-    scope.dirs = vec![node.dir().to_owned()];
     let place = node.dir().to_owned();
+    scope.dirs = vec![place.clone()];
+    scope.commands = vec![place.to_string_lossy().into_owned()];
+    scope.cgroups = format!("longshore-{}", node.instance());
     let shown = show(&mut node, &machine, once).await;
     if let Err(error) = &shown {
         eprintln!(
@@ -133,6 +136,7 @@ async fn show(node: &mut Node, machine: &Machine, once: bool) -> Result<()> {
     title("page, from the host");
     let mut targets = Vec::new();
     for address in &network.addresses {
+        let address = address.split('/').next().unwrap_or(address);
         targets.push(SocketAddr::new(
             address.parse().context("an address")?,
             8080,
@@ -522,25 +526,9 @@ async fn clean_up(mut node: Node, forwarding: &Forwarding) -> Result<()> {
     let status = node.terminate()?;
     say("agent", &format!("ended, {status}"));
     let instance = node.instance().to_owned();
-    let machine = node.machine().clone();
-    drop(node);
-    // What an agent keeps for its next start: here there is none.
-    for line in machine
-        .output("ip", &["-o", "link", "show", "type", "bridge"])?
-        .lines()
-    {
-        if let Some(name) = line.split(": ").nth(1)
-            && (line.contains(&instance) || name == format!("ls-{instance}"))
-        {
-            machine.output("ip", &["link", "del", name])?;
-        }
-    }
-    for line in machine.output("nft", &["list", "tables"])?.lines() {
-        if line.contains(&instance) {
-            let words: Vec<_> = line.split_whitespace().collect();
-            machine.output("nft", &[&["delete"], &words[..]].concat())?;
-        }
-    }
+    node.dispose();
+    // The agent took its network down, since it had no pods; the root of its cgroups waits for the
+    // next start, which will not come.
     remove_cgroups(&format!("longshore-{instance}"))?;
     forwarding.restore()?;
     if !differences.is_empty() {
