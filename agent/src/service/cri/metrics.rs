@@ -40,21 +40,24 @@ struct ContainerMetric {
     help: &'static str,
     kind: cri::MetricType,
     labels: &'static [&'static str],
-    samples: fn(&Reading<'_>) -> Vec<(Vec<String>, u64)>,
+    samples: fn(&Reading<'_>) -> Vec<Sample>,
 }
 
-fn one(value: u64) -> Vec<(Vec<String>, u64)> {
+/// Values of further labels, and the value.
+type Sample = (Vec<String>, u64);
+
+fn one(value: u64) -> Vec<Sample> {
     vec![(Vec::new(), value)]
 }
 
-fn maybe(value: Option<u64>) -> Vec<(Vec<String>, u64)> {
+fn maybe(value: Option<u64>) -> Vec<Sample> {
     value.map_or_else(Vec::new, one)
 }
 
 const fn counter(
     name: &'static str,
     help: &'static str,
-    samples: fn(&Reading<'_>) -> Vec<(Vec<String>, u64)>,
+    samples: fn(&Reading<'_>) -> Vec<Sample>,
 ) -> ContainerMetric {
     ContainerMetric {
         name,
@@ -68,7 +71,7 @@ const fn counter(
 const fn gauge(
     name: &'static str,
     help: &'static str,
-    samples: fn(&Reading<'_>) -> Vec<(Vec<String>, u64)>,
+    samples: fn(&Reading<'_>) -> Vec<Sample>,
 ) -> ContainerMetric {
     ContainerMetric {
         kind: cri::MetricType::Gauge,
@@ -80,10 +83,7 @@ const fn labelled(metric: ContainerMetric, labels: &'static [&'static str]) -> C
     ContainerMetric { labels, ..metric }
 }
 
-fn by_device(
-    reading: &Reading<'_>,
-    value: fn(&crate::cgroup::IoUsage) -> u64,
-) -> Vec<(Vec<String>, u64)> {
+fn by_device(reading: &Reading<'_>, value: fn(&crate::cgroup::IoUsage) -> u64) -> Vec<Sample> {
     reading
         .cgroup
         .io
@@ -92,7 +92,7 @@ fn by_device(
         .collect()
 }
 
-fn by_operation(reading: &Reading<'_>) -> Vec<(Vec<String>, u64)> {
+fn by_operation(reading: &Reading<'_>) -> Vec<Sample> {
     let mut samples = Vec::new();
     for io in &reading.cgroup.io {
         for (operation, value) in [("Read", io.read_bytes), ("Write", io.write_bytes)] {
@@ -109,7 +109,7 @@ fn by_operation(reading: &Reading<'_>) -> Vec<(Vec<String>, u64)> {
     samples
 }
 
-fn faults(reading: &Reading<'_>) -> Vec<(Vec<String>, u64)> {
+fn faults(reading: &Reading<'_>) -> Vec<Sample> {
     let stats = &reading.cgroup.stats;
     let mut samples = Vec::new();
     for scope in ["container", "hierarchy"] {
@@ -124,18 +124,18 @@ fn faults(reading: &Reading<'_>) -> Vec<(Vec<String>, u64)> {
 }
 
 /// File system of the writable layers, by device name as mount shows it.
-fn filesystem(value: u64) -> Vec<(Vec<String>, u64)> {
+fn filesystem(value: u64) -> Vec<Sample> {
     vec![(vec!["longshore".to_owned()], value)]
 }
 
-fn disk(choose: fn(&rustix::fs::StatVfs) -> u64) -> Vec<(Vec<String>, u64)> {
+fn disk(choose: fn(&rustix::fs::StatVfs) -> u64) -> Vec<Sample> {
     rustix::fs::statvfs("/").map_or_else(|_| Vec::new(), |stat| filesystem(choose(&stat)))
 }
 
 fn pressure(
     reading: &Reading<'_>,
     total_ns: fn(&crate::cgroup::PressureStats) -> u64,
-) -> Vec<(Vec<String>, u64)> {
+) -> Vec<Sample> {
     maybe(
         reading
             .cgroup
