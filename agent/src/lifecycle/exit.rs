@@ -17,8 +17,7 @@ use crate::{
     blocking,
     clock::Time,
     event::{EventDraft, EventKind},
-    handler::Handler as _,
-    handler::{ShimEvent, ShimNews},
+    handler::{Handler as _, HandlerError, ShimEvent, ShimNews},
     id::{ContainerId, SandboxId},
     store::{Changes, Snapshot},
 };
@@ -64,12 +63,15 @@ impl Lifecycle {
                 .await;
         }
         match self.commit_exit(&id, &exited.status).await {
-            Ok(()) => {
-                if let Err(error) = self.handler.ack_exit(sandbox, &id).await {
+            Ok(()) => match self.handler.ack_exit(sandbox, &id).await {
+                // A removal was faster; what kept the exit is gone with the container or the pod.
+                Ok(())
+                | Err(HandlerError::ShimLost { .. } | HandlerError::UnknownContainer { .. }) => {}
+                Err(error) => {
                     // The shim repeats it on the next connection.
                     warn!(container_id = %id, error = &error as &dyn std::error::Error, "exit not acknowledged");
                 }
-            }
+            },
             Err(error) => {
                 error!(container_id = %id, error = &error as &dyn std::error::Error, "exit not committed")
             }
