@@ -12,7 +12,7 @@ mod size;
 pub(super) mod spdy;
 pub(super) mod websocket;
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use tokio::{
     sync::watch,
@@ -191,9 +191,13 @@ async fn relay(
         stdin,
         stdout,
         stderr,
+        tty,
         mut control,
         ..
     } = session;
+    // Detach keys are the client's own: all that is seen of them is that its input ends. Without a
+    // terminal the end of input is just that, and the output is still wished for.
+    let detaches = attached && tty && stdin.is_some();
     let ended = CancellationToken::new();
     let outputs = async {
         tokio::join!(
@@ -228,9 +232,15 @@ async fn relay(
         let ((), exit) = tokio::join!(outputs, life);
         exit
     };
+    let input = async {
+        input.await;
+        if !detaches {
+            std::future::pending().await
+        }
+    };
     let exit = tokio::select! {
         exit = work => exit,
-        never = input => match never {},
+        () = input => return Outcome::Success,
     };
     match exit.code {
         0 => Outcome::Success,
@@ -274,8 +284,8 @@ async fn after(ended: &CancellationToken, patience: Duration) {
     sleep(patience).await;
 }
 
-/// Carries input until its end. Never ends itself: what comes later is nobody's.
-async fn feed(stdin: Option<Stdin>, inbox: Option<Inbox>) -> Infallible {
+/// Carries input until its end.
+async fn feed(stdin: Option<Stdin>, inbox: Option<Inbox>) {
     if let Some(mut stdin) = stdin {
         let mut whole = true;
         if let Some(mut inbox) = inbox {
@@ -290,5 +300,4 @@ async fn feed(stdin: Option<Stdin>, inbox: Option<Inbox>) -> Infallible {
             stdin.close().await;
         }
     }
-    std::future::pending().await
 }
