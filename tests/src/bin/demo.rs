@@ -449,7 +449,7 @@ fn instructions(node: &Node, image: &str, sandbox: &str) -> Result<()> {
     let shore = program("shore")?;
     println!("  The agent goes on; in another terminal:");
     println!("    export LONGSHORE_ADDRESS=unix://{socket}");
-    println!("    {} pods", shore.display());
+    println!("    {} ps", shore.display());
     println!("    {} exec -it page sh", shore.display());
     println!("    {} logs -f page", shore.display());
     println!("  or with other people's tools:");
