@@ -14,6 +14,7 @@ pub(super) mod websocket;
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use tokio::{
     sync::watch,
     time::{sleep, timeout},
@@ -265,9 +266,14 @@ async fn pump(
         let bytes = tokio::select! {
             biased;
             bytes = output.next() => bytes,
-            () = after(ended, patience) => None,
+            () = after(ended, patience) => {
+                rest = 0;
+                Some(output.drain(REST).into())
+            }
         };
-        let Some(bytes) = bytes else { return };
+        let Some(bytes) = bytes.filter(|bytes: &Bytes| !bytes.is_empty()) else {
+            return;
+        };
         if ended.is_cancelled() {
             rest = rest.saturating_sub(bytes.len());
         }
