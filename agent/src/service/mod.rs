@@ -1,7 +1,7 @@
 //! The edge: the one place that knows protobuf, gRPC and HTTP.
 //!
 //! ```text
-//!  RUN/longshore.sock, tcp:// --> layers (panics, trace) --> cri/     runtime.v1
+//!  RUN/longshore.sock, tcp:// --> layers (panics, time)  --> cri/     runtime.v1
 //!                                                        --> native/  longshore.v1
 //!                                                        --> health, reflection (v1, v1alpha)
 //! ```
@@ -9,6 +9,7 @@
 
 mod authority;
 mod cri;
+mod deadline;
 pub mod edge;
 mod native;
 mod server;

@@ -22,10 +22,11 @@ use tonic::{
     service::Routes,
     transport::{Certificate, Identity, Server, ServerTlsConfig},
 };
-use tower_http::catch_panic::CatchPanicLayer;
+use tower::layer::util::{Identity as NoLayer, Stack};
+use tower_http::catch_panic::{CatchPanicLayer, DefaultResponseForPanic};
 use tracing::info;
 
-use super::{authority::AnyAuthority, cri::Cri, native::Native};
+use super::{authority::AnyAuthority, cri::Cri, deadline::DeadlineLayer, native::Native};
 use crate::{
     agent::Agent,
     config::{ServerConfig, TlsConfig},
@@ -161,10 +162,7 @@ fn reflection() -> tonic_reflection::server::Builder<'static> {
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
 }
 
-type Layered = tower::layer::util::Stack<
-    CatchPanicLayer<tower_http::catch_panic::DefaultResponseForPanic>,
-    tower::layer::util::Identity,
->;
+type Layered = Stack<DeadlineLayer, Stack<CatchPanicLayer<DefaultResponseForPanic>, NoLayer>>;
 
 fn server(config: Option<&ServerConfig>) -> Result<Server<Layered>, ServeError> {
     let mut server = Server::builder()
@@ -173,7 +171,7 @@ fn server(config: Option<&ServerConfig>) -> Result<Server<Layered>, ServeError> 
     if let Some(tls) = config.and_then(|config| config.tls.as_ref()) {
         server = server.tls_config(tls_config(tls)?)?;
     }
-    Ok(server.layer(CatchPanicLayer::new()))
+    Ok(server.layer(CatchPanicLayer::new()).layer(DeadlineLayer))
 }
 
 fn tls_config(tls: &TlsConfig) -> Result<ServerTlsConfig, ServeError> {

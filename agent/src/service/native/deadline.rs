@@ -5,7 +5,7 @@ use std::{future::Future, time::Duration};
 use tonic::{Status, metadata::MetadataMap};
 
 use super::{error::NativeError, refused};
-use crate::clock::Time;
+use crate::{clock::Time, service::deadline};
 
 /// The answer takes time too: this much before the deadline the wait ends.
 const MARGIN: Duration = Duration::from_millis(50);
@@ -15,14 +15,9 @@ const MARGIN: Duration = Duration::from_millis(50);
 pub(super) struct Deadline(Option<Duration>);
 
 impl Deadline {
-    /// Reads `grpc-timeout`; a malformed one is none, as for the transport.
-    ///
-    /// Source: gRPC over HTTP2, "Timeout".
+    /// Reads it from the metadata of a call.
     pub(super) fn of(metadata: &MetadataMap) -> Self {
-        let text = metadata
-            .get("grpc-timeout")
-            .and_then(|value| value.to_str().ok());
-        Self(text.and_then(parse))
+        Self(deadline::wished(metadata.as_ref()))
     }
 
     /// Waits for `work` within the deadline; `stage` tells what it is doing, and since when.
@@ -48,46 +43,9 @@ impl Deadline {
     }
 }
 
-fn parse(text: &str) -> Option<Duration> {
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    let number = digits.parse::<u64>().ok()?;
-    match unit {
-        "H" => Some(Duration::from_secs(number * 3600)),
-        "M" => Some(Duration::from_secs(number * 60)),
-        "S" => Some(Duration::from_secs(number)),
-        "m" => Some(Duration::from_millis(number)),
-        "u" => Some(Duration::from_micros(number)),
-        "n" => Some(Duration::from_nanos(number)),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn timeouts_are_read_as_the_protocol_has_them() {
-        for (text, expected) in [
-            ("1H", Some(Duration::from_secs(3600))),
-            ("2M", Some(Duration::from_secs(120))),
-            ("3S", Some(Duration::from_secs(3))),
-            ("99999999m", Some(Duration::from_millis(99_999_999))),
-            ("5u", Some(Duration::from_micros(5))),
-            ("0n", Some(Duration::ZERO)),
-            ("999999999m", None),
-            ("", None),
-            ("m", None),
-            ("-1S", None),
-            ("1x", None),
-            ("1é", None),
-        ] {
-            assert_eq!(parse(text), expected, "{text}");
-        }
-    }
 
     #[tokio::test]
     async fn the_answer_names_the_stage_before_the_deadline() {
