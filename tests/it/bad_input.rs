@@ -1158,7 +1158,7 @@ fn cri_runtime(table: &mut Table, bench: &Bench, pod_: &Pod, id: &str) {
     );
     for (what, cmd, timeout, field) in [
         ("no command", vec![], 0, "cmd"),
-        ("an empty program", vec![String::new()], 0, "cmd"),
+        ("an empty program", vec![String::new()], 0, "cmd[0]"),
         ("a NUL in the command", vec!["a\0".to_owned()], 0, "cmd[0]"),
         ("a negative timeout", vec!["true".to_owned()], -1, "timeout"),
         (
@@ -1424,7 +1424,7 @@ fn cri_images(table: &mut Table, bench: &Bench) {
             auth: Some(auth),
             ..Default::default()
         };
-        table.add("pull_image", what, INVALID, "auth", async move {
+        table.add("pull_image", what, INVALID, "auth.auth", async move {
             client.pull_image(request).await
         });
     }

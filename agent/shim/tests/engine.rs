@@ -187,12 +187,11 @@ impl Pod {
 
     /// A plan like that of a plain pod's container.
     fn plan(&mut self, id: &str, script: &str) -> ContainerPlan {
-        for part in [
-            format!("{id}/upper"),
-            format!("{id}/work"),
-            format!("{id}/rootfs"),
-        ] {
-            fs::create_dir_all(self.path(&part)).expect("mkdir");
+        for part in ["upper", "work", "rootfs"] {
+            let dir = self.path(&format!("{id}/{part}"));
+            // A volatile overlay cannot be mounted again on what an earlier one has left.
+            let _absent = fs::remove_dir_all(&dir);
+            fs::create_dir_all(dir).expect("mkdir");
         }
         let mount = |target: &str, source: &str, fs_type: &str, flags: u64, data: &str| Mount {
             target: target.into(),

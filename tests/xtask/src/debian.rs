@@ -27,6 +27,12 @@ pub(crate) fn root_tar(workspace: &Workspace) -> Result<PathBuf, String> {
         .arg(&mirror)
         .check()
         .and_then(|()| {
+            // Every machine has one, and a runtime would have to make its mount point.
+            let hosts = root.join("etc/hosts");
+            fs::write(&hosts, "127.0.0.1\tlocalhost\n")
+                .map_err(|error| format!("{}: {error}", hosts.display()))
+        })
+        .and_then(|()| {
             Run::new("tar")
                 .args([
                     "--numeric-owner",
