@@ -67,6 +67,8 @@ fn describe(root: &Path) -> Result<BTreeMap<String, String>> {
                 String::new()
             };
             let links = if kind.is_dir() { 0 } else { meta.nlink() };
+            // A container gets files of its own mounted here, and what they are mounted on is made.
+            let modified = if name == "/etc" { 0 } else { meta.mtime() };
             all.insert(
                 name,
                 format!(
@@ -74,7 +76,7 @@ fn describe(root: &Path) -> Result<BTreeMap<String, String>> {
                     meta.mode(),
                     meta.uid(),
                     meta.gid(),
-                    meta.mtime(),
+                    modified,
                     attributes(&path)?
                 ),
             );

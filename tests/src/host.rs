@@ -116,11 +116,11 @@ impl Scope {
     /// Takes the snapshot.
     pub fn snapshot(&self) -> Result<Snapshot> {
         let mut all = Snapshot::default();
-        let mountinfo = self
-            .machine
-            .run(|| fs::read_to_string("/proc/thread-self/mountinfo"))
-            .context("mountinfo of the machine")?;
-        all.add("mounts", mountinfo.lines().filter_map(mount_fact));
+        let mountinfo = self.machine.mountinfo();
+        all.add(
+            "mounts",
+            mountinfo.iter().filter_map(|line| mount_fact(line)),
+        );
         // Nothing may leak out of the machine either.
         let outside = fs::read_to_string("/proc/self/mountinfo")?;
         all.add(

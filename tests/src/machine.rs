@@ -5,6 +5,8 @@
 //! agent may be killed and started again in the same "host".
 
 use std::{
+    collections::BTreeSet,
+    fs,
     net::{SocketAddr, TcpListener},
     path::PathBuf,
     process::{Child, Command},
@@ -24,6 +26,7 @@ struct Inner {
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
     tid: i32,
+    inherited: BTreeSet<String>,
 }
 
 impl Drop for Inner {
@@ -48,7 +51,7 @@ impl Machine {
     /// # Errors
     /// Without the rights of root.
     pub fn start() -> Result<Self> {
-        let machine = Self::with(|| -> Result<()> {
+        let machine = Self::with(true, || -> Result<()> {
             unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
                 .context("unshare (are you root?)")?;
             let everything = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -68,10 +71,10 @@ impl Machine {
 
     /// The host itself: for a demonstration that others can reach.
     pub fn host() -> Result<Self> {
-        Self::with(|| Ok(()))
+        Self::with(false, || Ok(()))
     }
 
-    fn with(enter: impl FnOnce() -> Result<()> + Send + 'static) -> Result<Self> {
+    fn with(own: bool, enter: impl FnOnce() -> Result<()> + Send + 'static) -> Result<Self> {
         let (jobs, todo) = mpsc::channel::<Job>();
         let (tell, ready) = mpsc::channel();
         let thread = thread::Builder::new()
@@ -80,7 +83,7 @@ impl Machine {
                 let entered = enter();
                 let failed = entered.is_err();
                 let tid = rustix::thread::gettid().as_raw_nonzero().get();
-                let _gone = tell.send(entered.map(|()| tid));
+                let _gone = tell.send(entered.map(|()| (tid, mounts())));
                 if failed {
                     return;
                 }
@@ -88,12 +91,13 @@ impl Machine {
                     job();
                 }
             })?;
-        let tid = ready.recv().context("the machine's thread ended")??;
+        let (tid, inherited) = ready.recv().context("the machine's thread ended")??;
         Ok(Self {
             inner: Arc::new(Inner {
                 jobs: Some(jobs),
                 thread: Some(thread),
                 tid,
+                inherited: if own { inherited } else { BTreeSet::new() },
             }),
         })
     }
@@ -140,6 +144,13 @@ impl Machine {
         Ok(self.run(move || TcpListener::bind(address))?)
     }
 
+    /// Lines of its mountinfo, without those that were copied from the host when it was made: the
+    /// host may drop them at any time.
+    pub fn mountinfo(&self) -> BTreeSet<String> {
+        let now = self.run(mounts);
+        now.difference(&self.inner.inherited).cloned().collect()
+    }
+
     /// Path of its network namespace, as long as the machine lives.
     pub fn netns(&self) -> PathBuf {
         format!(
@@ -177,6 +188,14 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+fn mounts() -> BTreeSet<String> {
+    fs::read_to_string("/proc/thread-self/mountinfo")
+        .unwrap_or_default()
+        .lines()
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Fetches `http://ADDRESS/` from inside `machine`; answers the body.

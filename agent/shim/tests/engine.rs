@@ -728,19 +728,20 @@ fn failures_name_their_step_and_leave_nothing() {
         (failure.step.as_str(), failure.errno),
         ("open /no/such/source", libc::ENOENT)
     );
-    for (args, step, errno) in [
-        (&["nosuch"][..], "execve nosuch", libc::ENOENT),
-        (&["/bin/nosuch"], "execve /bin/nosuch", libc::ENOENT),
-        (&["/bin/script"], "execve /bin/script", libc::EACCES),
-        (&["script"], "execve script", libc::EACCES),
-        (&["/etc"], "execve /etc", libc::EACCES),
+    // Each has a writable layer of its own: a volatile one is never mounted twice.
+    for (name, args, step, errno) in [
+        ("c1", &["nosuch"][..], "execve nosuch", libc::ENOENT),
+        ("c2", &["/bin/nosuch"], "execve /bin/nosuch", libc::ENOENT),
+        ("c3", &["/bin/script"], "execve /bin/script", libc::EACCES),
+        ("c4", &["script"], "execve script", libc::EACCES),
+        ("c5", &["/etc"], "execve /etc", libc::EACCES),
     ] {
-        let mut plan = pod.plan("c", "");
+        let mut plan = pod.plan(name, "");
         plan.process.args = args.iter().map(|arg| arg.as_bytes().to_vec()).collect();
-        pod.create("c", plan).expect("create");
-        let failure = pod.start("c").expect_err("cannot run");
+        pod.create(name, plan).expect("create");
+        let failure = pod.start(name).expect_err("cannot run");
         assert_eq!((failure.step.as_str(), failure.errno), (step, errno));
-        pod.delete("c");
+        pod.delete(name);
     }
     let mut plan = pod.plan("d", "true");
     plan.process.cwd = "/bin/busybox".into();
