@@ -25,7 +25,7 @@ use crate::poll::{Interest, Poll, Stream, Token};
 const FULL_QUEUE_BYTES: usize = 1 << 20;
 
 /// How long a full client may take nothing.
-const STUCK_NS: u64 = 500_000_000;
+const STUCK_NS: u64 = 3_000_000_000;
 
 /// Most bytes taken from a container at its end: more than pipe and terminal hold, but not for
 /// ever if something else goes on writing.

@@ -3,6 +3,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::FdFlags;
@@ -29,11 +30,23 @@ pub fn sealed_memfd(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
         let written = rustix::io::write(&fd, rest)?;
         rest = &rest[written..];
     }
-    rustix::fs::fcntl_add_seals(
-        &fd,
-        SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE,
-    )?;
+    seal(&fd)?;
     Ok(fd)
+}
+
+/// Seals a memory file for good.
+///
+/// While the kernel still holds pages of it elsewhere, as it does for a moment after they were
+/// written on a busy machine, it answers `EBUSY`: that passes.
+fn seal(fd: &OwnedFd) -> io::Result<()> {
+    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    for _ in 0..100 {
+        match rustix::fs::fcntl_add_seals(fd, seals) {
+            Err(rustix::io::Errno::BUSY) => std::thread::sleep(Duration::from_millis(20)),
+            sealed => return Ok(sealed?),
+        }
+    }
+    Ok(rustix::fs::fcntl_add_seals(fd, seals)?)
 }
 
 /// Makes a pipe: read end, write end, both close-on-exec.
