@@ -96,7 +96,8 @@ def through_ours():
     kinds = [response.event.kind for response in events if response.HasField("event")]
     assert event_pb2.EVENT_KIND_CONTAINER_EXITED in kinds, kinds
     lifecycle.RemoveSandbox(life.RemoveSandboxRequest(sandbox_id=sandbox.id, force=True))
-    assert not list(node_pb2_grpc.NodeServiceStub(channel).Fsck(node_pb2.FsckRequest()))
+    differences = list(node_pb2_grpc.NodeServiceStub(channel).Fsck(node_pb2.FsckRequest()))
+    assert not differences, differences
 
 
 through_cri()

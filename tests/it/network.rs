@@ -171,6 +171,13 @@ async fn pods_reach_the_world_through_the_host_and_the_world_their_ports() -> Re
         "ip",
         &["-6", "route", "add", "default", "via", "2001:db8:1::2"],
     )?;
+    // The kernel adds routes of its own once it sees the carrier.
+    let machine = bench.machine().clone();
+    wait_for("the uplink to settle", async || {
+        let routes = machine.output("ip", &["-6", "route", "show", "table", "all"])?;
+        Ok(routes.contains("anycast 2001:db8:1::") && routes.contains("local 2001:db8:1::1"))
+    })
+    .await?;
     bench.node.mark_clean()?;
     let mut config = pod("outward");
     config.port_mappings = vec![port(18080, "")];
