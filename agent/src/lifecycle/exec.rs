@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use rustix::io::Errno;
+
 use super::{
     Lifecycle, LifecycleError,
     container::{Container, UserWish},
@@ -11,7 +13,7 @@ use super::{
 };
 use crate::{
     blocking,
-    handler::{ExecRequest, Handler as _, Streams},
+    handler::{ExecRequest, Handler as _, HandlerError, Streams},
     id::Face,
 };
 
@@ -111,7 +113,8 @@ impl Lifecycle {
                 streams,
                 timeout: wish.timeout,
             })
-            .await?;
+            .await
+            .map_err(|error| refusal(container, error))?;
         let mut size = None;
         if let Some(master) = exec.terminal {
             let (input, output, fd) = session::terminal(master)?;
@@ -157,4 +160,17 @@ impl Lifecycle {
         })
         .await
     }
+}
+
+/// A container that ended while the command was on its way into it is no fault of the engine.
+fn refusal(container: &Container, error: HandlerError) -> LifecycleError {
+    if error.errno() == Some(Errno::SRCH.raw_os_error()) {
+        return LifecycleError::State {
+            kind: "container",
+            id: container.id.to_string(),
+            state: "CONTAINER_EXITED",
+            wanted: "CONTAINER_RUNNING",
+        };
+    }
+    error.into()
 }
