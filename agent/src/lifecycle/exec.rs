@@ -2,8 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use rustix::io::Errno;
-
 use super::{
     Lifecycle, LifecycleError,
     container::{Container, UserWish},
@@ -13,7 +11,7 @@ use super::{
 };
 use crate::{
     blocking,
-    handler::{ExecRequest, Handler as _, HandlerError, Streams},
+    handler::{ExecRequest, Handler as _, Streams},
     id::Face,
 };
 
@@ -113,8 +111,7 @@ impl Lifecycle {
                 streams,
                 timeout: wish.timeout,
             })
-            .await
-            .map_err(|error| refusal(container, error))?;
+            .await?;
         let mut size = None;
         if let Some(master) = exec.terminal {
             let (input, output, fd) = session::terminal(master)?;
@@ -160,17 +157,4 @@ impl Lifecycle {
         })
         .await
     }
-}
-
-/// A container that ended while the command was on its way into it is no fault of the engine.
-fn refusal(container: &Container, error: HandlerError) -> LifecycleError {
-    if error.errno() == Some(Errno::SRCH.raw_os_error()) {
-        return LifecycleError::State {
-            kind: "container",
-            id: container.id.to_string(),
-            state: "CONTAINER_EXITED",
-            wanted: "CONTAINER_RUNNING",
-        };
-    }
-    error.into()
 }

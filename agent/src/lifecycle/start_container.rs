@@ -74,6 +74,10 @@ impl Operation for StartContainer {
     }
 
     /// A second start after the first one's success is an error, however the first ended.
+    fn stands(&self, (): &(), _: &Snapshot) -> bool {
+        false
+    }
+
     fn intent(&mut self, at: &Snapshot, _: &Lifecycle) -> Result<Changes, LifecycleError> {
         let container =
             at.get::<Container>(self.id.as_str())
