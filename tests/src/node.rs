@@ -341,9 +341,22 @@ impl Node {
     }
 
     /// Takes what is there now as what must be there at the end; call it once images are pulled.
+    ///
+    /// What is on its way out, as the links of a removed pod are for some tens of milliseconds, is
+    /// waited for.
     pub fn mark_clean(&mut self) -> Result<()> {
-        self.baseline = Some(self.snapshot()?);
-        Ok(())
+        let end = Instant::now() + SETTLE_LIMIT;
+        let mut now = self.snapshot()?;
+        loop {
+            thread::sleep(Duration::from_millis(250));
+            let later = self.snapshot()?;
+            let settled = now.difference(&later).is_empty();
+            now = later;
+            if settled || Instant::now() > end {
+                self.baseline = Some(now);
+                return Ok(());
+            }
+        }
     }
 
     /// Adds what is new since `before` to what must be there at the end.
