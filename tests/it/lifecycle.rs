@@ -281,6 +281,41 @@ async fn exec_sync_tells_output_and_code() -> Result<()> {
     bench.finish().await
 }
 
+/// A deadline may pass at any moment of an exec: also between the wish and the shim's answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_exec_whose_caller_leaves_ends() -> Result<()> {
+    const COMMAND: [&str; 2] = ["sleep", "73505"];
+    let mut bench = Bench::start().await?;
+    let (_, id) = sleeper(&mut bench, "leave").await?;
+    let calls = (0..120_u64).map(|round| {
+        let (mut runtime, id) = (bench.runtime.clone(), id.clone());
+        async move {
+            let mut request = tonic::Request::new(cri::ExecSyncRequest {
+                container_id: id,
+                cmd: COMMAND.map(str::to_owned).to_vec(),
+                timeout: 0,
+            });
+            request.set_timeout(Duration::from_micros(500 + round * 100));
+            runtime.exec_sync(request).await
+        }
+    });
+    for answer in futures_util::future::join_all(calls).await {
+        answer.expect_err("it sleeps longer than any deadline");
+    }
+    let none_left = async || {
+        let line = COMMAND.map(|word| format!("{word}\0")).concat();
+        let running = fs::read_dir("/proc")?
+            .flatten()
+            .filter(|entry| {
+                fs::read(entry.path().join("cmdline")).is_ok_and(|found| found == line.as_bytes())
+            })
+            .count();
+        Ok(running == 0)
+    };
+    wait_for("every exec to end", none_left).await?;
+    bench.finish().await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_exec_timeout_ends_everything_it_started() -> Result<()> {
     let mut bench = Bench::start().await?;

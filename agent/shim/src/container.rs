@@ -166,7 +166,7 @@ impl Container {
             (Phase::Running, Some(pidfd)) => Ok(pidfd.as_fd()),
             _ => Err(Failure {
                 step: "container is not running".into(),
-                errno: 0,
+                errno: libc::ESRCH,
             }),
         }
     }

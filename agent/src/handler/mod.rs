@@ -67,6 +67,14 @@ pub trait Handler: Send + Sync + 'static {
         dir: &'a Path,
     ) -> BoxFuture<'a, Result<(), HandlerError>>;
 
+    /// Ends the supervisor of a pod that is to be stopped if it answers nothing: what waits for it
+    /// would hold up the stop.
+    fn end_if_silent<'a>(
+        &'a self,
+        sandbox: &'a SandboxId,
+        dir: &'a Path,
+    ) -> BoxFuture<'a, Result<(), HandlerError>>;
+
     /// Connects to the supervisor of a pod again and returns all that it knows.
     fn reconnect<'a>(
         &'a self,

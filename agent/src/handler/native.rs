@@ -132,6 +132,18 @@ impl NativeHandler {
         .await
     }
 
+    async fn end_if_silent(&self, sandbox: &SandboxId, dir: &Path) -> Result<(), HandlerError> {
+        let Some(shim) = self.known(sandbox) else {
+            return Ok(());
+        };
+        if shim.answers().await {
+            return Ok(());
+        }
+        warn!(sandbox_id = %sandbox, "shim does not answer and will be killed");
+        let (sandbox, dir) = (sandbox.clone(), dir.to_owned());
+        blocking::run("kill silent shim", move || shim::kill(&sandbox, &dir)).await
+    }
+
     async fn create(&self, request: CreateRequest) -> Result<i32, HandlerError> {
         let profile = request
             .spec
@@ -287,6 +299,14 @@ impl Handler for NativeHandler {
         dir: &'a Path,
     ) -> BoxFuture<'a, Result<(), HandlerError>> {
         Box::pin(self.end_pod(sandbox, dir))
+    }
+
+    fn end_if_silent<'a>(
+        &'a self,
+        sandbox: &'a SandboxId,
+        dir: &'a Path,
+    ) -> BoxFuture<'a, Result<(), HandlerError>> {
+        Box::pin(self.end_if_silent(sandbox, dir))
     }
 
     fn reconnect<'a>(

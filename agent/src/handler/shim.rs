@@ -457,7 +457,35 @@ impl Shim {
         fds: Vec<OwnedFd>,
     ) -> Result<(Answer, Vec<OwnedFd>), HandlerError> {
         let patience = patience(&ask);
-        self.request_within(patience, ask, fds).await
+        let request = name(&ask);
+        tokio::select! {
+            answer = self.request_within(patience, ask, fds) => answer,
+            waited = self.silence(), if patience > QUICK => Err(HandlerError::ShimSilent {
+                sandbox: self.sandbox.clone(),
+                request,
+                waited_ms: millis(waited),
+            }),
+        }
+    }
+
+    /// Ends when the shim leaves even that unanswered which takes it no time: then it is not slow,
+    /// it hangs.
+    async fn silence(&self) -> Duration {
+        let began = Instant::now();
+        loop {
+            sleep(QUICK).await;
+            if !self.answers().await {
+                return began.elapsed();
+            }
+        }
+    }
+
+    /// Whether the shim serves, or is gone and known to be: everything but silence.
+    pub(super) async fn answers(&self) -> bool {
+        // Ids of execs begin far above.
+        let probe = Ask::KillExec(wire::KillExec { exec_id: 0 });
+        let answer = self.request_within(QUICK, probe, Vec::new()).await;
+        !matches!(answer, Err(HandlerError::ShimSilent { .. }))
     }
 
     async fn request_within(

@@ -2,6 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
+use rustix::io::Errno;
+use tracing::Instrument as _;
+
 use super::{
     Lifecycle, LifecycleError,
     container::{Container, UserWish},
@@ -11,7 +14,7 @@ use super::{
 };
 use crate::{
     blocking,
-    handler::{ExecRequest, Handler as _, Streams},
+    handler::{ExecRequest, Handler as _, HandlerError, Streams},
     id::Face,
 };
 
@@ -55,10 +58,21 @@ impl Lifecycle {
         if !container.is_running() {
             return Err(wrong_state(&container, "CONTAINER_RUNNING"));
         }
-        self.exec_in(&container, wish).await
+        // On a task of its own: a caller who leaves half way would leave a process behind. A session
+        // that nobody takes ends what it is about.
+        let lifecycle = Arc::clone(self);
+        let starting = async move { lifecycle.exec_in(&container, wish).await };
+        match tokio::spawn(starting.in_current_span()).await {
+            Ok(session) => session,
+            Err(failed) => match failed.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The agent ends, and with it whoever asked.
+                Err(_) => std::future::pending().await,
+            },
+        }
     }
 
-    pub(super) async fn exec_in(
+    async fn exec_in(
         self: &Arc<Self>,
         container: &Container,
         wish: ExecWish,
@@ -111,7 +125,8 @@ impl Lifecycle {
                 streams,
                 timeout: wish.timeout,
             })
-            .await?;
+            .await
+            .map_err(|error| refusal(container, error))?;
         let mut size = None;
         if let Some(master) = exec.terminal {
             let (input, output, fd) = session::terminal(master)?;
@@ -157,4 +172,17 @@ impl Lifecycle {
         })
         .await
     }
+}
+
+/// A container that ended while the command was on its way into it is no fault of the engine.
+fn refusal(container: &Container, error: HandlerError) -> LifecycleError {
+    if error.errno() == Some(Errno::SRCH.raw_os_error()) {
+        return LifecycleError::State {
+            kind: "container",
+            id: container.id.to_string(),
+            state: "CONTAINER_EXITED",
+            wanted: "CONTAINER_RUNNING",
+        };
+    }
+    error.into()
 }

@@ -56,6 +56,9 @@ impl Lifecycle {
         sandbox: &SandboxId,
         grace: Option<Duration>,
     ) -> Result<(), LifecycleError> {
+        self.handler
+            .end_if_silent(sandbox, &self.sandbox_dir(sandbox))
+            .await?;
         self.operations
             .preempt(&format!("container-name/{sandbox}/"))
             .await;

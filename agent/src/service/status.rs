@@ -6,6 +6,7 @@
 use std::{collections::HashMap, error::Error};
 
 use longshore_proto::longshore::v1::{ERROR_DOMAIN, ErrorReason};
+use rustix::io::Errno;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
@@ -403,14 +404,18 @@ impl ToStatus for HandlerError {
 /// A failed step of the engine: what the command itself is to blame for has reasons of its own.
 fn engine(step: &str, errno: i32) -> Verdict {
     let executing = step.starts_with("execve");
-    let (code, reason) = match rustix::io::Errno::from_raw_os_error(errno) {
-        rustix::io::Errno::NOENT if executing => (Code::NotFound, ErrorReason::CommandNotFound),
-        rustix::io::Errno::ACCESS | rustix::io::Errno::NOEXEC | rustix::io::Errno::ISDIR
-            if executing =>
-        {
-            (Code::FailedPrecondition, ErrorReason::CommandNotExecutable)
-        }
-        _ => (Code::Internal, ErrorReason::System),
+    // Compared as a number: 0, where no system call is to blame, is no `Errno`.
+    let is = |known: Errno| known.raw_os_error() == errno;
+    let (code, reason) = if executing && is(Errno::NOENT) {
+        (Code::NotFound, ErrorReason::CommandNotFound)
+    } else if executing
+        && [Errno::ACCESS, Errno::NOEXEC, Errno::ISDIR]
+            .into_iter()
+            .any(is)
+    {
+        (Code::FailedPrecondition, ErrorReason::CommandNotExecutable)
+    } else {
+        (Code::Internal, ErrorReason::System)
     };
     Verdict::new(code, reason)
         .fact("step", step)
@@ -559,4 +564,23 @@ fn system(step: &str, source: &std::io::Error) -> Verdict {
     verdict
         .fact("step", step)
         .fact("errno", source.raw_os_error().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_steps_of_the_engine_have_codes() {
+        for (step, errno, code) in [
+            ("execve /x", 2, Code::NotFound),
+            ("execve /x", 13, Code::FailedPrecondition),
+            ("execve /x", 5, Code::Internal),
+            ("chdir /x", 2, Code::Internal),
+            ("container's first process was killed", 0, Code::Internal),
+            ("from another version", -7, Code::Internal),
+        ] {
+            assert_eq!(engine(step, errno).code, code, "{step} {errno}");
+        }
+    }
 }
