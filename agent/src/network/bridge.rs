@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   sandbox's namespace         host
-//!   eth0 (address, default)  —  lsXXXXXXXXXXXX (port, hairpin)  —  ls-<instance> (gateway)
+//!   eth0 (address, default)  —  ls<sandbox> (port, hairpin)  —  ls-<instance> (gateway)
 //! ```
 //!
 //! Names come from ids, aliases name the owner: `<instance>/<sandbox>` for a port,
