@@ -694,6 +694,46 @@ async fn lists_come_in_pages_and_stats_in_a_stream() -> Result<()> {
     bench.finish().await
 }
 
+/// A repair in the middle of it must neither see nor touch what is being made or going away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fsck_that_repairs_lets_pods_come_and_go() -> Result<()> {
+    let bench = Bench::start().await?;
+    let churn = async {
+        for round in 0..10 {
+            let names = ["a", "b", "c"].map(|name| format!("{name}{round}"));
+            let sandboxes = futures_util::future::try_join_all(
+                names.iter().map(|name| run_sandbox(&bench, name)),
+            )
+            .await?;
+            for sandbox in sandboxes {
+                remove_sandbox(&bench, &sandbox.id).await?;
+            }
+        }
+        Ok::<_, anyhow::Error>(())
+    };
+    let repairs = async {
+        loop {
+            let request = api::FsckRequest {
+                repair: true,
+                ..Default::default()
+            };
+            let mut differences = NodeServiceClient::new(bench.node.channel())
+                .fsck(request)
+                .await?
+                .into_inner();
+            if let Some(found) = differences.message().await? {
+                bail!("fsck finds {found:?}");
+            }
+        }
+    };
+    tokio::select! {
+        ended = churn => ended?,
+        never = repairs => { let () = never?; }
+    }
+    bench.node.fsck_clean().await?;
+    bench.finish().await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn health_and_reflection_answer() -> Result<()> {
     let bench = Bench::start().await?;

@@ -3,7 +3,7 @@
 //! Safe while pods run: what an operation under way holds is not looked at, and only what bears
 //! this instance or lies in its directories is touched.
 
-use std::{collections::HashSet, fs, path::Path, sync::Arc};
+use std::{collections::HashSet, fs, path::Path, sync::Arc, time::Duration};
 
 use crate::{
     agent::Agent,
@@ -11,6 +11,7 @@ use crate::{
     handler::Handler as _,
     id::{ContainerId, Face, SandboxId},
     lifecycle::{container::Container, sandbox::Sandbox},
+    network::{Inventory, NetworkError},
     rootfs::Layer,
     store::Snapshot,
 };
@@ -73,79 +74,79 @@ impl Difference {
 
 const CRASHED: &str = "left by an agent that ended in the middle of an operation, or made by hand";
 
+/// How often a link that nobody knows of is looked at again before it is a difference.
+const LINK_LOOKS: u32 = 20;
+/// Between two looks.
+const LINK_PAUSE: Duration = Duration::from_millis(50);
+
 /// Compares, and repairs if asked.
 pub async fn run(agent: &Arc<Agent>, repair: bool) -> Vec<Difference> {
     let mut differences = Vec::new();
-    // Between reading the host and the store an operation may end: only what differs both before
-    // and after it does.
-    let busy = busy(agent);
-    let known = Known::new(&agent.store.snapshot(), busy);
+    let known = Known::new(agent);
     cgroups(agent, &known, repair, &mut differences).await;
     sandbox_dirs(agent, &known, repair, &mut differences).await;
-    links(agent, &known, &mut differences).await;
+    links(agent, &known, repair, &mut differences).await;
     layers(agent, &known, repair, &mut differences).await;
     sandboxes(agent, &known, repair, &mut differences).await;
     differences
 }
 
-/// Sandboxes and containers that the store knows, or that an operation is making or removing.
-struct Known {
-    sandboxes: HashSet<SandboxId>,
-    containers: HashSet<ContainerId>,
-    ready: Vec<Arc<Sandbox>>,
-    layer_dirs: HashSet<u32>,
-    busy: bool,
+/// What the store knows: as it was before the host was looked at, and as it is now.
+///
+/// An object on the host was claimed before it was made, and is forgotten after it was removed. So
+/// what is seen there and was in the store neither before nor after belongs to nobody.
+struct Known<'a> {
+    agent: &'a Agent,
+    before: Snapshot,
+    /// A pull was under way: its layers are not recorded yet.
+    pulling: bool,
 }
 
-impl Known {
-    fn new(at: &Snapshot, busy: bool) -> Self {
-        let mut sandboxes: HashSet<_> = at
-            .all::<Sandbox>()
-            .map(|sandbox| sandbox.id.clone())
-            .collect();
-        let mut containers: HashSet<_> = at
-            .all::<Container>()
-            .map(|container| container.id.clone())
-            .collect();
-        // Claims name what is being made.
-        for (_, holder) in at.claims("") {
-            match holder.split_once('/') {
-                Some(("sandbox", id)) => sandboxes.extend(id.parse::<SandboxId>()),
-                Some(("container", id)) => containers.extend(id.parse::<ContainerId>()),
-                _ => {}
-            }
-        }
+impl<'a> Known<'a> {
+    fn new(agent: &'a Agent) -> Self {
         Self {
-            sandboxes,
-            containers,
-            ready: at
-                .all::<Sandbox>()
-                .filter(|sandbox| sandbox.is_ready())
-                .collect(),
-            layer_dirs: at.all::<Layer>().map(|layer| layer.dir).collect(),
-            busy,
+            agent,
+            before: agent.store.snapshot(),
+            pulling: !agent.images.running_pulls().is_empty(),
         }
+    }
+
+    fn sandbox(&self, id: &SandboxId) -> bool {
+        self.either(|at| {
+            at.get::<Sandbox>(id.as_str()).is_some()
+                || at.held_by(&Sandbox::holder(id)).next().is_some()
+        })
+    }
+
+    fn container(&self, id: &ContainerId) -> bool {
+        self.either(|at| {
+            at.get::<Container>(id.as_str()).is_some()
+                || at.held_by(&Container::holder(id)).next().is_some()
+        })
+    }
+
+    fn layer(&self, dir: u32) -> bool {
+        self.pulling
+            || !self.agent.images.running_pulls().is_empty()
+            || self.either(|at| at.all::<Layer>().any(|layer| layer.dir == dir))
+    }
+
+    fn either(&self, knows: impl Fn(&Snapshot) -> bool) -> bool {
+        knows(&self.before) || knows(&self.agent.store.snapshot())
     }
 }
 
-/// Something is being unpacked, so an unknown layer may become known.
-fn busy(agent: &Agent) -> bool {
-    !agent.images.running_pulls().is_empty()
-}
-
-async fn cgroups(agent: &Arc<Agent>, known: &Known, repair: bool, found: &mut Vec<Difference>) {
+async fn cgroups(agent: &Arc<Agent>, known: &Known<'_>, repair: bool, found: &mut Vec<Difference>) {
     let cgroups = Arc::clone(&agent.cgroups);
     let Ok(present) = blocking::run("list cgroups", move || cgroups.inventory()).await else {
         return;
     };
     for path in present {
         let name = path.as_str().rsplit('/').next().unwrap_or_default();
-        let is_known = name
-            .parse::<SandboxId>()
-            .is_ok_and(|id| known.sandboxes.contains(&id))
+        let is_known = name.parse::<SandboxId>().is_ok_and(|id| known.sandbox(&id))
             || name
                 .parse::<ContainerId>()
-                .is_ok_and(|id| known.containers.contains(&id));
+                .is_ok_and(|id| known.container(&id));
         if is_known {
             continue;
         }
@@ -166,14 +167,14 @@ async fn cgroups(agent: &Arc<Agent>, known: &Known, repair: bool, found: &mut Ve
 
 async fn sandbox_dirs(
     agent: &Arc<Agent>,
-    known: &Known,
+    known: &Known<'_>,
     repair: bool,
     found: &mut Vec<Difference>,
 ) {
     let dir = agent.lifecycle.sandboxes_dir.clone();
     for name in names(&dir) {
         let id = name.parse::<SandboxId>();
-        if id.as_ref().is_ok_and(|id| known.sandboxes.contains(id)) {
+        if id.as_ref().is_ok_and(|id| known.sandbox(id)) {
             continue;
         }
         let path = dir.join(&name);
@@ -196,40 +197,60 @@ async fn sandbox_dirs(
     }
 }
 
-async fn links(agent: &Arc<Agent>, known: &Known, found: &mut Vec<Difference>) {
-    let Ok(present) = agent.networks.inventory().await else {
+async fn links(agent: &Arc<Agent>, known: &Known<'_>, repair: bool, found: &mut Vec<Difference>) {
+    let Ok(present) = settled(agent, known).await else {
         return;
     };
     for (sandbox, link) in present.links {
-        if !known.sandboxes.contains(&sandbox) {
-            found.push(Difference::leftover(
-                "link",
-                link,
-                CRASHED,
-                "removed with its sandbox's directory, or at the next start of the agent",
-            ));
+        if known.sandbox(&sandbox) {
+            continue;
         }
+        let mut difference = Difference::leftover("link", link, CRASHED, "remove it");
+        if repair {
+            let removed = agent.networks.settle(&sandbox).await;
+            difference.repaired = Some(removed.map_err(|error| error.to_string()));
+        }
+        found.push(difference);
     }
     for port in present.ports {
-        if !known.sandboxes.contains(&port.sandbox) {
-            found.push(Difference::leftover(
-                "host port",
-                format!("{port:?}"),
-                CRASHED,
-                "removed with its sandbox's directory, or at the next start of the agent",
-            ));
+        if known.sandbox(&port.sandbox) {
+            continue;
         }
+        let subject = format!("{} {} of {}", port.protocol, port.host_port, port.sandbox);
+        let mut difference = Difference::leftover("host port", subject, CRASHED, "withdraw it");
+        if repair {
+            let withdrawn = agent.networks.detach(&port.sandbox).await;
+            difference.repaired = Some(withdrawn.map_err(|error| error.to_string()));
+        }
+        found.push(difference);
     }
 }
 
-async fn layers(agent: &Arc<Agent>, known: &Known, repair: bool, found: &mut Vec<Difference>) {
+/// The network's inventory once links that are on their way out have gone: the kernel removes them
+/// some tens of milliseconds after their namespace.
+async fn settled(agent: &Agent, known: &Known<'_>) -> Result<Inventory, NetworkError> {
+    for _ in 0..LINK_LOOKS {
+        let present = agent.networks.inventory().await?;
+        let all_known = present
+            .links
+            .iter()
+            .all(|(sandbox, _)| known.sandbox(sandbox));
+        if all_known {
+            return Ok(present);
+        }
+        tokio::time::sleep(LINK_PAUSE).await;
+    }
+    agent.networks.inventory().await
+}
+
+async fn layers(agent: &Arc<Agent>, known: &Known<'_>, repair: bool, found: &mut Vec<Difference>) {
     let rootfs = agent.rootfs.clone();
     let Ok(present) = blocking::run("list layers", move || rootfs.inventory()).await else {
         return;
     };
     let there: HashSet<u32> = present.layers.iter().copied().collect();
     for dir in present.layers {
-        if known.busy || known.layer_dirs.contains(&dir) {
+        if known.layer(dir) {
             continue;
         }
         let mut difference = Difference::leftover(
@@ -246,11 +267,20 @@ async fn layers(agent: &Arc<Agent>, known: &Known, repair: bool, found: &mut Vec
         }
         found.push(difference);
     }
-    for dir in known.layer_dirs.difference(&there) {
-        found.push(Difference::missing("layer", dir, "removed by hand", ""));
+    for layer in known.before.all::<Layer>() {
+        // A removal drops the record first.
+        let recorded = agent
+            .store
+            .snapshot()
+            .get::<Layer>(layer.diff_id.as_str())
+            .is_some();
+        if recorded && !there.contains(&layer.dir) {
+            let cause = "removed by hand; a pull of its image brings it back";
+            found.push(Difference::missing("layer", &layer.diff_id, cause, ""));
+        }
     }
     for id in present.writables {
-        if known.containers.contains(&id) {
+        if known.container(&id) {
             continue;
         }
         let mut difference = Difference::leftover("writable layer", &id, CRASHED, "remove it");
@@ -274,7 +304,12 @@ async fn layers(agent: &Arc<Agent>, known: &Known, repair: bool, found: &mut Vec
 }
 
 /// Ready sandboxes must have a shim and namespaces.
-async fn sandboxes(agent: &Arc<Agent>, known: &Known, repair: bool, found: &mut Vec<Difference>) {
+async fn sandboxes(
+    agent: &Arc<Agent>,
+    known: &Known<'_>,
+    repair: bool,
+    found: &mut Vec<Difference>,
+) {
     let shims: HashSet<SandboxId> = agent
         .handler
         .inventory(&agent.lifecycle.sandboxes_dir)
@@ -282,8 +317,8 @@ async fn sandboxes(agent: &Arc<Agent>, known: &Known, repair: bool, found: &mut 
         .into_iter()
         .map(|(sandbox, _)| sandbox)
         .collect();
-    for sandbox in &known.ready {
-        if shims.contains(&sandbox.id) {
+    for sandbox in known.before.all::<Sandbox>() {
+        if !sandbox.is_ready() || shims.contains(&sandbox.id) {
             continue;
         }
         let still_ready = agent
@@ -303,11 +338,7 @@ async fn sandboxes(agent: &Arc<Agent>, known: &Known, repair: bool, found: &mut 
         if repair {
             let stopped = agent
                 .lifecycle
-                .stop_pod_sandbox(
-                    Face::Native,
-                    sandbox.id.as_str(),
-                    Some(std::time::Duration::ZERO),
-                )
+                .stop_pod_sandbox(Face::Native, sandbox.id.as_str(), Some(Duration::ZERO))
                 .await;
             difference.repaired = Some(stopped.map_err(|error| error.to_string()));
         }
