@@ -120,11 +120,11 @@ async fn pods_live_through_the_death_of_the_agent() -> Result<()> {
     bench.start_container(&created).await?;
     let running = bench.status(&created).await?.state();
     assert_eq!(running, ContainerState::ContainerRunning);
-    // Names and ports are still held.
-    bench
-        .run(config.clone())
-        .await
-        .expect_err("the name is taken");
+    // The same wish again is answered, another one of that name is not; ports are still held.
+    assert_eq!(bench.run(config.clone()).await?.id, pod.id);
+    let mut namesake = config.clone();
+    namesake.hostname = "another".to_owned();
+    bench.run(namesake).await.expect_err("the name is taken");
     let mut other = longshore_tests::pods::pod("other");
     other.port_mappings = config.port_mappings;
     bench.run(other).await.expect_err("the port is taken");

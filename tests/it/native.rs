@@ -577,8 +577,8 @@ async fn watch(bench: &Bench, request: api::WatchRequest) -> Result<Vec<api::Eve
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn operations_can_be_seen_and_idempotency_keys_hold() -> Result<()> {
-    let bench = Bench::start().await?;
-    let request = |name: &str| api::RunSandboxRequest {
+    let mut bench = Bench::start().await?;
+    let wish = |name: &str| api::RunSandboxRequest {
         idempotency_key: "one-wish".to_owned(),
         config: Some(api::SandboxConfig {
             name: name.to_owned(),
@@ -586,20 +586,20 @@ async fn operations_can_be_seen_and_idempotency_keys_hold() -> Result<()> {
         }),
     };
     let first = lifecycle(&bench)
-        .run_sandbox(request("once"))
+        .run_sandbox(wish("once"))
         .await?
         .into_inner()
         .sandbox
         .context("a sandbox")?;
     let again = lifecycle(&bench)
-        .run_sandbox(request("once"))
+        .run_sandbox(wish("once"))
         .await?
         .into_inner()
         .sandbox
         .context("a sandbox")?;
     assert_eq!(first.id, again.id);
     let other = lifecycle(&bench)
-        .run_sandbox(request("twice"))
+        .run_sandbox(wish("twice"))
         .await
         .expect_err("another wish");
     assert_eq!(other.code(), Code::AlreadyExists, "{other:?}");
@@ -632,6 +632,24 @@ async fn operations_can_be_seen_and_idempotency_keys_hold() -> Result<()> {
             .code(),
         Code::NotFound
     );
+    // A key outlives the agent; an equal wish without one is another wish.
+    bench.node.kill()?;
+    bench.node.launch().await?;
+    bench.reconnect();
+    let retried = lifecycle(&bench)
+        .run_sandbox(wish("once"))
+        .await?
+        .into_inner()
+        .sandbox
+        .context("a sandbox")?;
+    assert_eq!(retried.id, first.id);
+    let mut bare = wish("once");
+    bare.idempotency_key.clear();
+    let taken = lifecycle(&bench)
+        .run_sandbox(bare)
+        .await
+        .expect_err("the name is taken");
+    assert_eq!(taken.code(), Code::AlreadyExists, "{taken:?}");
     remove_sandbox(&bench, &first.id).await?;
     bench.finish().await
 }

@@ -301,9 +301,16 @@ impl Operation for CreateContainer {
         ))
     }
 
-    fn stands(&self, output: &ContainerId, at: &Snapshot) -> bool {
-        at.get::<Container>(output.as_str())
-            .is_some_and(|container| matches!(container.state, ContainerState::Created { .. }))
+    fn standing(&self, at: &Snapshot) -> Option<ContainerId> {
+        let holder = at.claim(&self.subject().0)?;
+        let container = at.get::<Container>(holder.strip_prefix("container/")?)?;
+        let mut wish = self.config.clone();
+        wish.request.clone_from(&container.config.request);
+        (wish.repeatable()
+            && matches!(container.state, ContainerState::Created { .. })
+            && container.image_id == self.image_id
+            && container.config == wish)
+            .then(|| container.id.clone())
     }
 
     fn intent(&mut self, at: &Snapshot, _: &Lifecycle) -> Result<Changes, LifecycleError> {

@@ -144,9 +144,16 @@ impl Operation for RunPodSandbox {
         Over::Wait
     }
 
-    fn stands(&self, output: &SandboxId, at: &Snapshot) -> bool {
-        at.get::<Sandbox>(output.as_str())
-            .is_some_and(|sandbox| sandbox.is_ready())
+    fn standing(&self, at: &Snapshot) -> Option<SandboxId> {
+        let holder = at.claim(&self.subject().0)?;
+        let sandbox = at.get::<Sandbox>(holder.strip_prefix("sandbox/")?)?;
+        let mut wish = self.clone();
+        wish.id = sandbox.id.clone();
+        wish.config.request.clone_from(&sandbox.config.request);
+        // As the outcome records it.
+        wish.config.hostname = wish.hostname();
+        (wish.config.repeatable() && sandbox.is_ready() && sandbox.config == wish.config)
+            .then(|| sandbox.id.clone())
     }
 
     fn intent(&mut self, at: &Snapshot, on: &Lifecycle) -> Result<Changes, LifecycleError> {

@@ -81,8 +81,20 @@ pub struct SandboxConfig {
     pub cgroup_parent: Option<String>,
     /// Containers may be privileged.
     pub privileged: bool,
+    /// What a caller of `longshore.v1` repeats with a retry; empty for none. In CRI the name is it.
+    #[serde(default)]
+    pub idempotency_key: String,
     /// The request as its face knows it, for verbose answers.
     pub request: serde_json::Value,
+}
+
+impl SandboxConfig {
+    /// An equal request is the same one again: CRI's clients name what they make anew (uid,
+    /// attempt) and repeat a call whose answer they never got; our own send a key.
+    #[must_use]
+    pub fn repeatable(&self) -> bool {
+        self.face == Face::Cri || !self.idempotency_key.is_empty()
+    }
 }
 
 /// A pod sandbox.

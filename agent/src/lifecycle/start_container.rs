@@ -73,11 +73,6 @@ impl Operation for StartContainer {
         container_subject(&self.id)
     }
 
-    /// A second start after the first one's success is an error, however the first ended.
-    fn stands(&self, (): &(), _: &Snapshot) -> bool {
-        false
-    }
-
     fn intent(&mut self, at: &Snapshot, _: &Lifecycle) -> Result<Changes, LifecycleError> {
         let container =
             at.get::<Container>(self.id.as_str())

@@ -103,10 +103,11 @@ pub trait Operation: Serialize + DeserializeOwned + Clone + Send + Sync + 'stati
         Over::Wait
     }
 
-    /// The output of an equal wish, whose callers had left, still stands.
-    fn stands(&self, output: &Self::Output, at: &Snapshot) -> bool {
-        let _ = (output, at);
-        true
+    /// The output of an equal wish that was carried out and that nobody has touched since: the
+    /// answer for a caller who never got it, because it had gone or the agent had died.
+    fn standing(&self, at: &Snapshot) -> Option<Self::Output> {
+        let _ = at;
+        None
     }
 
     /// Decides on the state `at` and claims names, ports and addresses; may fill in what the
@@ -236,17 +237,12 @@ pub struct Operations {
 #[derive(Default)]
 struct Table {
     running: HashMap<Subject, Entry>,
-    /// Results whose callers had all left, oldest first, for the retry that asks again.
-    unclaimed: VecDeque<(OperationKey, Done)>,
     /// The last ones that ended, oldest first, for operators.
     finished: VecDeque<Finished>,
 }
 
 /// Ended operations that are remembered.
 const FINISHED: usize = 256;
-
-/// Results of abandoned requests that are kept.
-const UNCLAIMED: usize = 256;
 
 /// The shared result of an operation: `Result<Output, OperationError<Error>>` behind `Any`.
 type Done = Arc<dyn Any + Send + Sync>;

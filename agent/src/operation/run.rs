@@ -9,7 +9,7 @@ use tracing::{Instrument as _, debug, info, warn};
 
 use super::{
     Context, Done, Entry, FINISHED, Finished, Intent, OnRestart, Operation, OperationError,
-    Operations, Over, Stage, UNCLAIMED, crash, ended,
+    Operations, Over, Stage, crash, ended,
 };
 use crate::{
     clock::Time,
@@ -22,10 +22,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 type Outcome<O> = Result<<O as Operation>::Output, OperationError<<O as Operation>::Error>>;
 
-enum Admitted {
-    /// An equal one runs or ran.
+enum Admitted<O: Operation> {
+    /// An equal one runs.
     Join(watch::Receiver<Option<Done>>),
-    Answer(Done),
+    /// An equal one ran.
+    Answer(O::Output),
     /// Another one holds the subject.
     Queue(watch::Receiver<Option<Done>>),
     Go(Task),
@@ -46,7 +47,7 @@ impl Operations {
     pub async fn run<O: Operation>(&self, operation: O, on: Arc<O::Domain>) -> Outcome<O> {
         loop {
             match self.admit(&operation) {
-                Admitted::Answer(done) => return result::<O>(&done),
+                Admitted::Answer(output) => return Ok(output),
                 Admitted::Join(done) => {
                     let done = ended(done).await;
                     return done.map_or_else(|| Err(died::<O>()), |done| result::<O>(&done));
@@ -62,16 +63,9 @@ impl Operations {
         }
     }
 
-    fn admit<O: Operation>(&self, operation: &O) -> Admitted {
+    fn admit<O: Operation>(&self, operation: &O) -> Admitted<O> {
         let (key, subject) = (operation.key(), operation.subject());
         let mut table = self.lock();
-        if let Some(at) = table.unclaimed.iter().position(|(kept, _)| *kept == key)
-            && let Some((_, done)) = table.unclaimed.remove(at)
-            && let Ok(output) = result::<O>(&done)
-            && operation.stands(&output, &self.store.snapshot())
-        {
-            return Admitted::Answer(done);
-        }
         if let Some(entry) = table.running.get(&subject) {
             if entry.key == key && entry.name == O::NAME {
                 return Admitted::Join(entry.done.clone());
@@ -80,6 +74,10 @@ impl Operations {
                 entry.cancel.cancel();
             }
             return Admitted::Queue(entry.done.clone());
+        }
+        // Under the lock: what runs has not ended, what has ended is in the snapshot.
+        if let Some(output) = operation.standing(&self.store.snapshot()) {
+            return Admitted::Answer(output);
         }
         let (entry, task) = entry::<O>(key, OperationId::random());
         table.running.insert(subject, entry);
@@ -237,7 +235,6 @@ impl Operations {
 
     /// Publishes the result and frees the subject.
     fn finish<O: Operation>(&self, operation: &O, task: &Task, outcome: Outcome<O>) {
-        let succeeded = outcome.is_ok();
         let finished = finished(operation, task, &outcome);
         let done: Done = Arc::new(outcome);
         let mut table = self.lock();
@@ -246,15 +243,6 @@ impl Operations {
             table.finished.pop_front();
         }
         table.finished.push_back(finished);
-        if succeeded && task.done.receiver_count() <= 1 {
-            // Only the table's own receiver was left: every caller is gone.
-            if table.unclaimed.len() >= UNCLAIMED {
-                table.unclaimed.pop_front();
-            }
-            table
-                .unclaimed
-                .push_back((operation.key(), Arc::clone(&done)));
-        }
         drop(table);
         task.done.send_replace(Some(done));
     }
@@ -464,6 +452,10 @@ mod tests {
             Subject(format!("house/{}", self.name))
         }
 
+        fn standing(&self, at: &Snapshot) -> Option<usize> {
+            at.claim(&format!("name/{}", self.name)).map(|_| 2)
+        }
+
         fn over(&self, _running: &str) -> Over {
             if self.slow { Over::Wait } else { Over::Preempt }
         }
@@ -550,7 +542,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn equal_requests_join_and_an_abandoned_result_is_handed_to_the_retry() {
+    async fn equal_requests_join_and_a_standing_result_is_handed_to_every_retry() {
         let dir = tempfile::tempdir().expect("temp dir");
         let operations = Operations::new(open(&dir));
         let host = Arc::new(Host::default());
@@ -576,11 +568,17 @@ mod tests {
         assert!(impatient.await.is_err());
         assert_eq!(operations.list().len(), 1, "the work goes on");
         operations.wait_for(&other.subject()).await;
-        assert_eq!(operations.run(other, Arc::clone(&host)).await.ok(), Some(2));
+        for _ in 0..2 {
+            let again = operations.run(other.clone(), Arc::clone(&host)).await;
+            assert_eq!(again.ok(), Some(2));
+        }
+        let restarted = Operations::new(operations.store.clone());
+        let again = restarted.run(other, Arc::clone(&host)).await;
+        assert_eq!(again.ok(), Some(2));
         assert_eq!(
             host.notes().len(),
             4,
-            "the retry got the result and ran nothing"
+            "the retries got the result and ran nothing"
         );
     }
 

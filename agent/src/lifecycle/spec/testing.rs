@@ -85,6 +85,7 @@ pub(super) fn sandbox() -> SandboxConfig {
         handler: String::new(),
         cgroup_parent: None,
         privileged: false,
+        idempotency_key: String::new(),
         request: serde_json::Value::Null,
     }
 }
@@ -116,6 +117,7 @@ pub(super) fn config() -> ContainerConfig {
         stop_timeout: Duration::from_secs(10),
         log: None,
         oom_score_adj: None,
+        idempotency_key: String::new(),
         request: serde_json::Value::Null,
     }
 }

@@ -91,6 +91,7 @@ pub(super) fn sandbox_config(request: cri::RunPodSandboxRequest) -> Parsed<Sandb
         handler: request.runtime_handler,
         cgroup_parent: cgroup_parent(&linux.cgroup_parent)?,
         privileged: security.privileged,
+        idempotency_key: String::new(),
         request: keep(&config),
     })
 }
@@ -391,6 +392,7 @@ pub(super) fn container_config(request: cri::CreateContainerRequest) -> Parsed<C
         stop_timeout: STOP_TIMEOUT,
         log: log(&sandbox.log_directory, &config.log_path)?,
         oom_score_adj: linux.resources.as_ref().map(oom_score_adj).transpose()?,
+        idempotency_key: String::new(),
         request: keep(&config),
     })
 }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     clock::Time,
-    id::{ContainerId, Face},
+    id::{ContainerId, Digest, Face},
     lifecycle::{
         container::{Container, LogWish},
         sandbox::Sandbox,
@@ -40,10 +40,11 @@ impl Native {
         wished: Option<&pb::LogConfig>,
         sandbox: &Sandbox,
         name: &str,
+        key: &str,
     ) -> Option<LogWish> {
         let directory = sandbox.config.log_directory.as_deref();
         let name = match (directory, name) {
-            (_, "") => random_name(16),
+            (_, "") => spare_name(key, 16),
             (Some(_), name) => name.to_owned(),
             (None, name) => format!("{}-{name}", &sandbox.id.as_str()[..16]),
         };
@@ -57,8 +58,10 @@ impl Native {
     }
 
     async fn run(self, request: pb::RunSandboxRequest) -> Result<pb::RunSandboxResponse, Status> {
-        let config = parse::sandbox(request.config.unwrap_or_default(), || random_name(12))
-            .map_err(refused)?;
+        let key = request.idempotency_key;
+        let wished = request.config.unwrap_or_default();
+        let mut config = parse::sandbox(wished, || spare_name(&key, 12)).map_err(refused)?;
+        config.idempotency_key = key;
         let id = self
             .lifecycle()
             .run_pod_sandbox(config)
@@ -81,7 +84,9 @@ impl Native {
         let log = wished.log;
         let mut config = parse::container(wished).map_err(refused)?;
         let sandbox = self.sandbox("sandbox_id", &request.sandbox_id)?;
-        config.log = self.log(log.as_ref(), &sandbox, &config.name);
+        let key = request.idempotency_key;
+        config.log = self.log(log.as_ref(), &sandbox, &config.name, &key);
+        config.idempotency_key = key;
         let id = self
             .lifecycle()
             .create_container(sandbox.id.as_str(), config)
@@ -238,9 +243,13 @@ impl Native {
     }
 }
 
-/// A name that nobody else has.
-fn random_name(digits: usize) -> String {
-    ContainerId::random().as_str()[..digits].to_owned()
+/// A name that nobody else has, and that a retry with its idempotency key has again.
+fn spare_name(key: &str, digits: usize) -> String {
+    let name = match key {
+        "" => ContainerId::random().to_string(),
+        key => Digest::of(key.as_bytes()).hex().to_owned(),
+    };
+    name[..digits].to_owned()
 }
 
 #[tonic::async_trait]

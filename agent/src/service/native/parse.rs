@@ -178,6 +178,7 @@ pub(super) fn sandbox(
         handler: config.handler.clone(),
         cgroup_parent: None,
         privileged: true,
+        idempotency_key: String::new(),
         request: keep(&sandbox_without_maps(config).0),
     })
 }
@@ -488,6 +489,7 @@ pub(super) fn container(config: pb::ContainerConfig) -> Parsed<ContainerConfig> 
             })?,
         log: None,
         oom_score_adj: oom_score_adj(limits.oom_score_adj)?,
+        idempotency_key: String::new(),
         request: keep(&container_without_maps(config).0),
     })
 }
