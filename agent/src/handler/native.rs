@@ -103,9 +103,20 @@ impl NativeHandler {
         dir: &Path,
     ) -> Result<wire::Welcome, HandlerError> {
         let stream = shim::dial(sandbox, dir).await?;
-        let (shim, welcome) = Shim::connect(sandbox, dir, stream, self.events.clone()).await?;
-        self.keep(sandbox, shim);
-        Ok(welcome)
+        match Shim::connect(sandbox, dir, stream, self.events.clone()).await {
+            Ok((shim, welcome)) => {
+                self.keep(sandbox, shim);
+                Ok(welcome)
+            }
+            Err(error) => {
+                // Nobody should have to wait for this one once more.
+                if matches!(error, HandlerError::ShimSilent { .. }) {
+                    let (sandbox, dir) = (sandbox.clone(), dir.to_owned());
+                    blocking::run("kill silent shim", move || shim::kill(&sandbox, &dir)).await?;
+                }
+                Err(error)
+            }
+        }
     }
 
     async fn end_pod(&self, sandbox: &SandboxId, dir: &Path) -> Result<(), HandlerError> {

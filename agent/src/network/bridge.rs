@@ -283,8 +283,11 @@ pub(super) fn attach(
     }
     let published = published(sandbox, plan);
     refuse_ports_in_use(&plan.ports)?;
+    refuse_ports_of_rivals(nft, &published)?;
     let host_interface = connect(instance, sandbox, plan, netns)?;
     nft.publish(&published)?;
+    // Of two agents at the same moment, one at least sees the other's.
+    refuse_ports_of_rivals(nft, &published)?;
     attachment.interface = INSIDE.to_owned();
     attachment.host_interface = host_interface;
     attachment.addresses.clone_from(&plan.addresses);
@@ -471,6 +474,19 @@ fn refuse_ports_in_use(ports: &[PortMapping]) -> Result<(), NetworkError> {
         }
     }
     Ok(())
+}
+
+/// The first table that sees a packet translates it: a port that another agent of this host has
+/// published would lead there, or be taken from it.
+fn refuse_ports_of_rivals(nft: &Nft, published: &[Published]) -> Result<(), NetworkError> {
+    nft.rival(published)?.map_or(Ok(()), |(table, other)| {
+        Err(NetworkError::PortTaken {
+            port: other.host_port,
+            protocol: other.protocol,
+            address: other.host,
+            holder: format!("sandbox/{} of the agent with table {table}", other.sandbox),
+        })
+    })
 }
 
 fn any_v4(port: &PortMapping) -> SocketAddr {

@@ -628,6 +628,10 @@ fn two_instances_live_side_by_side() {
     let before = host.space.state();
     let instance = InstanceId::random();
     let facts = host.facts;
+    let space = Space::new();
+    let netns = space.path.clone();
+    let (id, taken) = host.plan(2, &[publish(Some("127.0.0.1"), 8080)]);
+    let holder = one.id.to_string();
     let second = host.space.run(move || {
         let config = NetworkChapterConfig::default();
         let read = host::Host::read(&mut Netlink::open().unwrap(), &config).unwrap();
@@ -636,7 +640,14 @@ fn two_instances_live_side_by_side() {
         let network = config.choose(&instance, None, free).unwrap();
         let nft = Nft::new(&instance);
         bridge::rebuild(&instance, &nft, std::slice::from_ref(&network), facts, &[]).unwrap();
-        assert_eq!(bridge::inventory(&instance, &nft).unwrap().links, []);
+        let refused = bridge::attach(&instance, &nft, &id, &taken, &netns);
+        assert!(
+            matches!(&refused, Err(NetworkError::PortTaken { port: 8080, holder: found, .. })
+                if found.contains(&holder)),
+            "{refused:?}"
+        );
+        let found = bridge::inventory(&instance, &nft).unwrap();
+        assert_eq!((found.links, found.ports), (vec![], vec![]));
         bridge::remove(&instance, &nft).unwrap();
         network
     });

@@ -63,6 +63,17 @@ pub struct Published {
     pub port: u16,
 }
 
+impl Published {
+    /// Whether a packet could be meant for both.
+    fn rivals(&self, other: &Self) -> bool {
+        (self.protocol, self.host_port) == (other.protocol, other.host_port)
+            && self.host.overlaps(other.host)
+    }
+}
+
+/// Begins the name of every agent's table.
+const PREFIX: &str = "longshore-";
+
 /// What the rules have to know of a network.
 #[derive(Clone, Debug)]
 pub(super) struct RuleNetwork {
@@ -119,7 +130,7 @@ struct Sockets {
 impl Nft {
     /// Opens its sockets when they are first used, in the caller's network namespace.
     pub(super) fn new(instance: &InstanceId) -> Self {
-        let table = format!("longshore-{instance}");
+        let table = format!("{PREFIX}{instance}");
         Self {
             sweeper: Sweeper::new(&table),
             table,
@@ -189,6 +200,37 @@ impl Nft {
     /// All elements.
     pub(super) fn published(&self) -> Result<Vec<Published>, NetworkError> {
         dump(&mut self.lock().sockets.asking, &self.table)
+    }
+
+    /// The element of another agent on this host that would take packets from one of these, and
+    /// that agent's table.
+    pub(super) fn rival(
+        &self,
+        wished: &[Published],
+    ) -> Result<Option<(String, Published)>, NetworkError> {
+        if wished.is_empty() {
+            return Ok(None);
+        }
+        let failed = |error: io::Error| NetworkError::kernel("NFT_MSG_GETTABLE", "all", error);
+        let request = Request::new().op_gettable_dump(&header(family::INET));
+        let mut state = self.lock();
+        let mut tables = Vec::new();
+        let mut replies = state.sockets.asking.request(&request).map_err(failed)?;
+        while let Some(reply) = replies.recv() {
+            let (_, table) = reply.map_err(|error| failed(error.into()))?;
+            if let Ok(name) = table.get_name() {
+                tables.push(name.to_string_lossy().into_owned());
+            }
+        }
+        tables.retain(|name| name.starts_with(PREFIX) && *name != self.table);
+        for table in tables {
+            let mut taken = dump(&mut state.sockets.asking, &table)?;
+            taken.retain(|other| wished.iter().any(|wish| wish.rivals(other)));
+            if let Some(other) = taken.pop() {
+                return Ok(Some((table, other)));
+            }
+        }
+        Ok(None)
     }
 
     /// Removes the table; not there is fine.
