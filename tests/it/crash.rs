@@ -2,11 +2,15 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use longshore_proto::cri::v1::{self as cri, ContainerState, PodSandboxState};
 use longshore_tests::{
     machine::fetch_page,
     pods::{Bench, container, pod, read_log, script, wait_for},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -274,4 +278,65 @@ async fn an_orderly_end_keeps_pods_running() -> Result<()> {
     bench.reconnect();
     assert_eq!(bench.exec_ok(&id, "echo still").await?, "still\n");
     bench.finish().await
+}
+
+/// Frozen and killed supervisors: with the agent there, and without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_supervisor_that_is_frozen_or_killed_costs_its_own_pod_only() -> Result<()> {
+    let mut bench = Bench::start().await?;
+    let toolbox = bench.toolbox.clone();
+    let mut all = Vec::new();
+    for name in ["well", "killed", "frozen", "frozen-later"] {
+        let pod = bench.run(pod(name)).await?;
+        let sleeper = container("main", &toolbox, &["sleep", "10000"]);
+        let id = bench.launch(&pod, sleeper).await?;
+        all.push((pod, id));
+    }
+    let [well, killed, frozen, later] = &all[..] else {
+        bail!("four pods");
+    };
+    kill(supervisor(&killed.0.id)?, Signal::SIGKILL)?;
+    wait_for("the loss is seen", async || {
+        let state = bench.pod_status(&killed.0).await?.state();
+        Ok(state == PodSandboxState::SandboxNotready)
+    })
+    .await?;
+
+    bench.node.kill()?;
+    kill(supervisor(&frozen.0.id)?, Signal::SIGSTOP)?;
+    bench.node.launch().await?;
+    bench.reconnect();
+    for (pod, id) in [killed, frozen] {
+        let state = bench.pod_status(pod).await?.state();
+        assert_eq!(state, PodSandboxState::SandboxNotready);
+        let status = bench.status(id).await?;
+        assert_eq!(status.state(), ContainerState::ContainerExited);
+        assert_eq!((status.exit_code, status.reason.as_str()), (255, "Unknown"));
+    }
+    // Its processes are gone with it, and it is no hindrance to a successor.
+    kill(supervisor(&later.0.id)?, Signal::SIGSTOP)?;
+    bench.remove(&later.0).await?;
+    let again = bench.run(pod("frozen-later")).await?;
+    assert_eq!(bench.exec_ok(&well.1, "echo well").await?, "well\n");
+    for pod in [&well.0, &killed.0, &frozen.0, &again] {
+        bench.remove(pod).await?;
+    }
+    bench.node.fsck_clean().await?;
+    bench.finish().await
+}
+
+/// The process that supervises a pod.
+fn supervisor(pod: &str) -> Result<Pid> {
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split(|&byte| byte == 0);
+        if words.next() == Some(b"longshore-shim") && words.any(|word| word == pod.as_bytes()) {
+            return Ok(Pid::from_raw(pid));
+        }
+    }
+    bail!("no supervisor of {pod}")
 }
