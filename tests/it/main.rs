@@ -7,6 +7,7 @@ mod bad_input;
 mod crash;
 mod foreign;
 mod images;
+mod kubelet;
 mod lifecycle;
 mod native;
 mod network;
