@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod crash;
+mod cri;
 mod foreign;
 mod images;
 mod kubelet;

@@ -69,6 +69,13 @@ pub enum MountSource {
         /// Also mounts below it.
         recursive: bool,
     },
+    /// A directory of another image on this host, read-only.
+    Image {
+        /// Id or reference, as asked.
+        reference: String,
+        /// Directory in the image, links followed inside it; empty is the whole.
+        sub_path: String,
+    },
     /// An empty file system in memory.
     Tmpfs {
         /// Limit in bytes; none is the kernel's half of the memory.
@@ -296,6 +303,9 @@ pub struct Container {
     pub image_id: ImageId,
     /// The image's layers, base first; they stay while the container does.
     pub layers: Vec<Layer>,
+    /// Images that are mounted in it, by what was asked for; their layers stay as long.
+    #[serde(default)]
+    pub mounted_images: BTreeMap<String, ImageId>,
     /// When it was made.
     pub created_at: Time,
     /// Its cgroup.
@@ -414,6 +424,11 @@ impl Container {
             ContainerState::Exited(exit) => Some(exit),
             _ => None,
         }
+    }
+
+    /// Its own image and those that are mounted in it.
+    pub fn images(&self) -> impl Iterator<Item = &ImageId> {
+        std::iter::once(&self.image_id).chain(self.mounted_images.values())
     }
 
     /// When its program began.

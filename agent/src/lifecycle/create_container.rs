@@ -1,6 +1,7 @@
 //! CreateContainer: a cgroup, a writable layer and a process that waits for its start.
 
 use std::{
+    collections::BTreeSet,
     fs::{File, OpenOptions},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
@@ -15,6 +16,7 @@ use super::{
     files,
     sandbox::{PidMode, Sandbox},
     spec::{self, SpecInput},
+    volumes::Volumes,
 };
 use crate::{
     blocking,
@@ -37,8 +39,8 @@ impl Lifecycle {
     /// Makes a container in a ready sandbox; it does not run yet.
     ///
     /// # Errors
-    /// `NotFound`, `State`, `ImageMissing`, `NameTaken`, `Spec` before any side effect; everything
-    /// else with all undone.
+    /// `NotFound`, `State`, `ImageMissing`, `ImageVolume`, `NameTaken`, `Spec` before any side
+    /// effect; everything else with all undone.
     pub async fn create_container(
         self: &Arc<Self>,
         sandbox_id: &str,
@@ -62,14 +64,16 @@ impl Lifecycle {
             config.pid = Some(PidMode::Target(target.id.clone()));
         }
         let layers = layers(&at, &image)?;
+        let volumes = self.plan_volumes(&at, &config, &image)?;
         let built = self
-            .build_spec(&sandbox, &config, &id, &image, &layers)
+            .build_spec(&sandbox, &config, &id, &image, &layers, &volumes)
             .await?;
         let create = CreateContainer {
             id,
             sandbox_id: sandbox.id.clone(),
             image_id: image.id.clone(),
             layers,
+            volumes,
             cgroup: CgroupPath::clone(&sandbox.cgroup),
             user: built.user,
             stop_signal: built.stop_signal,
@@ -88,16 +92,22 @@ impl Lifecycle {
         id: &ContainerId,
         image: &Image,
         layers: &[Layer],
+        volumes: &Volumes,
     ) -> Result<spec::Built, LifecycleError> {
         let rootfs = self.rootfs.clone();
         let sandbox_dir = self.sandbox_dir(&sandbox.id);
         let cgroup_version = self.cgroups.version();
         let (sandbox, config, id) = (sandbox.clone(), config.clone(), id.clone());
         let (image, layers) = (image.clone(), layers.to_vec());
+        let volumes = volumes.clone();
         blocking::run("plan container", move || {
             let passwd = rootfs.read_file(&layers, "etc/passwd", USER_FILE_BYTES)?;
             let group = rootfs.read_file(&layers, "etc/group", USER_FILE_BYTES)?;
-            let host = spec::gather(&config, &sandbox.config)?;
+            // Before what may make directories of the host.
+            let images = volumes.directories(&rootfs, &config)?;
+            let mut host = spec::gather(&config, &sandbox.config)?;
+            host.images = images;
+            host.volumes = volumes.own(&rootfs, &id);
             let input = SpecInput {
                 sandbox_id: &sandbox.id,
                 sandbox: &sandbox.config,
@@ -131,7 +141,7 @@ pub(super) fn ready(sandbox: &Sandbox) -> Result<(), LifecycleError> {
     })
 }
 
-fn layers(at: &Snapshot, image: &Image) -> Result<Vec<Layer>, LifecycleError> {
+pub(super) fn layers(at: &Snapshot, image: &Image) -> Result<Vec<Layer>, LifecycleError> {
     image
         .layers
         .iter()
@@ -153,6 +163,8 @@ pub(super) struct CreateContainer {
     config: ContainerConfig,
     image_id: ImageId,
     layers: Vec<Layer>,
+    #[serde(default)]
+    volumes: Volumes,
     cgroup: CgroupPath,
     user: User,
     stop_signal: i32,
@@ -193,7 +205,19 @@ impl CreateContainer {
             rootfs.create_writable(&id)?;
             files::make_dir(&mount_point, 0o711)
         })
-        .await
+        .await?;
+        let (rootfs, id) = (on.rootfs.clone(), self.id.clone());
+        let (layers, volumes) = (self.layers.clone(), self.volumes.clone());
+        volumes.fill(rootfs, id, layers).await
+    }
+
+    /// All layers that must stay while the container does, each once.
+    fn held_layers(&self) -> impl Iterator<Item = &Layer> {
+        let mut seen = BTreeSet::new();
+        self.layers
+            .iter()
+            .chain(self.volumes.layers())
+            .filter(move |layer| seen.insert(&layer.diff_id))
     }
 
     async fn create_process(&self, on: &Lifecycle) -> Result<i32, LifecycleError> {
@@ -327,8 +351,7 @@ impl Operation for CreateContainer {
         }
         // The image may have gone since it was looked up.
         if let Some(gone) = self
-            .layers
-            .iter()
+            .held_layers()
             .find(|layer| at.get::<Layer>(layer.diff_id.as_str()).is_none())
         {
             return Err(LifecycleError::ImageMissing {
@@ -337,7 +360,7 @@ impl Operation for CreateContainer {
         }
         let holder = Container::holder(&self.id);
         let changes = Changes::new().claim(name, &holder);
-        Ok(self.layers.iter().fold(changes, |changes, layer| {
+        Ok(self.held_layers().fold(changes, |changes, layer| {
             changes.claim(Container::layer_claim(layer, &self.id), &holder)
         }))
     }
@@ -371,6 +394,7 @@ impl Operation for CreateContainer {
             config: self.config.clone(),
             image_id: self.image_id.clone(),
             layers: self.layers.clone(),
+            mounted_images: self.volumes.mounted_images(),
             created_at: Time::now(),
             cgroup: self.cgroup.clone(),
             user: self.user.clone(),

@@ -63,6 +63,23 @@ pub enum LifecycleError {
         /// As asked.
         reference: String,
     },
+    /// An image can't be mounted as a volume. The first word is one that CRI clients look for.
+    #[error("ImageVolumeMountFailed: cannot mount image {reference:?} at {}", target.display())]
+    ImageVolume {
+        /// As asked.
+        reference: String,
+        /// Path in the container.
+        target: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<LifecycleError>,
+    },
+    /// An image has nothing at the path of it that is to be mounted.
+    #[error("the image has no {sub_path:?}")]
+    SubPathMissing {
+        /// As asked.
+        sub_path: String,
+    },
     /// The container has no stdin, terminal or log to do this with.
     #[error("container {id} has no {what}")]
     Lacks {

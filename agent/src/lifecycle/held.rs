@@ -43,10 +43,10 @@ impl Lifecycle {
     /// Removes layers that nothing uses any more, after a container of a removed image went.
     pub(super) async fn release_layers(&self, container: &Container) {
         let at = self.store.snapshot();
-        let in_use = at
-            .all::<crate::image::Image>()
-            .any(|image| image.id == container.image_id);
-        if in_use {
+        if container
+            .images()
+            .all(|image| at.get::<crate::image::Image>(image.as_str()).is_some())
+        {
             return;
         }
         if let Err(error) = self.images.release_layers(self.holders(Face::Native)).await {
@@ -91,7 +91,7 @@ async fn remove_files(dir: PathBuf) -> Result<(), LifecycleError> {
 fn holder(at: &Snapshot, image: &ImageId, face: impl Fn(Face) -> bool) -> Option<String> {
     at.all::<Container>()
         .find(|container: &Arc<Container>| {
-            container.image_id == *image && face(container.config.face)
+            face(container.config.face) && container.images().any(|held| held == image)
         })
         .map(|container| Container::holder(&container.id))
 }

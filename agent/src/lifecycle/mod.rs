@@ -39,6 +39,7 @@ pub mod stats;
 mod stop_container;
 mod stop_pod_sandbox;
 mod update_container;
+mod volumes;
 
 use std::{
     collections::HashMap,

@@ -215,6 +215,12 @@ pub enum RootfsError {
         /// As asked for.
         path: PathBuf,
     },
+    /// The path names something that is no directory.
+    #[error("{path:?} of the image is not a directory")]
+    NotADirectory {
+        /// As asked for.
+        path: PathBuf,
+    },
     /// The file is larger than the caller wants.
     #[error("{path:?} of the image has more than {limit_bytes} bytes")]
     FileTooLarge {

@@ -1,11 +1,11 @@
-//! Reads a file of an image as overlayfs would show it, without mounting anything.
+//! Finds files and directories of an image as overlayfs would show them, without mounting anything.
 //!
 //! A directory of the merged tree is the list of directories that make it, topmost first. One
 //! step down asks each of them in turn: a file or link ends the search, a whiteout too, an opaque
 //! directory is the last of its list. This takes microseconds, needs no privilege beyond reading,
 //! and works on every kernel; the test compares it with the real overlayfs.
 
-use std::{fs::File, io::Read};
+use std::{ffi::OsStr, fs::File, io::Read, os::unix::ffi::OsStrExt, path::PathBuf};
 
 use rustix::{
     fd::OwnedFd,
@@ -15,20 +15,27 @@ use rustix::{
 
 use super::{
     RootfsError,
-    error::RootfsError::{FileTooLarge, NotAFile, SymlinkLoop},
+    error::RootfsError::{FileTooLarge, NotADirectory, NotAFile, SymlinkLoop},
     tree::{OPAQUE, components_reversed, is_whiteout},
 };
 
 /// As the kernel allows.
 const MAX_LINKS: u32 = 40;
 
-/// Directories of several layers that are one; never empty, topmost first.
-type Merged = Vec<OwnedFd>;
+/// A directory of one layer.
+pub(super) struct Part {
+    pub(super) fd: OwnedFd,
+    /// Where it is, without links, relative to the directory of all layers.
+    pub(super) path: PathBuf,
+}
 
-enum Found {
+/// Directories of several layers that are one; never empty, topmost first.
+pub(super) type Merged = Vec<Part>;
+
+pub(super) enum Found {
     Nothing,
     Directory(Merged),
-    /// Anything else, and its directory in the layer that has it.
+    /// Anything else.
     Other {
         fd: OwnedFd,
         kind: FileType,
@@ -41,6 +48,27 @@ pub(super) fn read_file(
     path: &str,
     max_bytes: usize,
 ) -> Result<Option<Vec<u8>>, RootfsError> {
+    match find(layers, path)? {
+        Found::Nothing => Ok(None),
+        Found::Other {
+            fd,
+            kind: FileType::RegularFile,
+        } => content(&fd, path, max_bytes).map(Some),
+        Found::Directory(_) | Found::Other { .. } => Err(NotAFile { path: path.into() }),
+    }
+}
+
+/// The directory `path`; none if there is nothing.
+pub(super) fn directory(layers: Merged, path: &str) -> Result<Option<Merged>, RootfsError> {
+    match find(layers, path)? {
+        Found::Nothing => Ok(None),
+        Found::Directory(merged) => Ok(Some(merged)),
+        Found::Other { .. } => Err(NotADirectory { path: path.into() }),
+    }
+}
+
+/// What is at `path`, links followed inside the root.
+fn find(layers: Merged, path: &str) -> Result<Found, RootfsError> {
     let kernel = |call| RootfsError::kernel(call, path);
     let mut pending = components_reversed(path.as_bytes());
     // From the root to where we are.
@@ -55,7 +83,7 @@ pub(super) fn read_file(
         }
         let here = way.last().map_or(&[][..], Vec::as_slice);
         match look_up(here, &name).map_err(kernel("openat"))? {
-            Found::Nothing => return Ok(None),
+            Found::Nothing => return Ok(Found::Nothing),
             Found::Directory(merged) => way.push(merged),
             Found::Other {
                 fd,
@@ -74,24 +102,19 @@ pub(super) fn read_file(
                 pending.extend(components_reversed(&target));
             }
             // A file where a directory would be needed.
-            Found::Other { .. } if !pending.is_empty() => return Ok(None),
-            Found::Other {
-                fd,
-                kind: FileType::RegularFile,
-            } => {
-                return content(&fd, path, max_bytes).map(Some);
-            }
-            Found::Other { .. } => return Err(NotAFile { path: path.into() }),
+            Found::Other { .. } if !pending.is_empty() => return Ok(Found::Nothing),
+            other => return Ok(other),
         }
     }
-    Err(NotAFile { path: path.into() })
+    Ok(way.pop().map_or(Found::Nothing, Found::Directory))
 }
 
-fn look_up(here: &[OwnedFd], name: &[u8]) -> Result<Found, Errno> {
+/// What `name` is in a merged directory.
+pub(super) fn look_up(here: &[Part], name: &[u8]) -> Result<Found, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mut merged = Merged::new();
     for layer in here {
-        let fd = match openat(layer, name, flags, Mode::empty()) {
+        let fd = match openat(&layer.fd, name, flags, Mode::empty()) {
             Ok(fd) => fd,
             Err(Errno::NOENT | Errno::NAMETOOLONG) => continue,
             Err(error) => return Err(error),
@@ -100,7 +123,8 @@ fn look_up(here: &[OwnedFd], name: &[u8]) -> Result<Found, Errno> {
         let kind = FileType::from_raw_mode(stat.st_mode);
         if kind == FileType::Directory {
             let opaque = is_opaque(&fd)?;
-            merged.push(fd);
+            let path = layer.path.join(OsStr::from_bytes(name));
+            merged.push(Part { fd, path });
             if opaque {
                 break;
             }

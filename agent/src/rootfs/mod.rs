@@ -5,6 +5,7 @@
 //!  DATA/layers/tmp-…/          being unpacked, or being removed
 //!  DATA/containers/<id>/upper  what a container wrote
 //!  DATA/containers/<id>/work   overlayfs' own
+//!  DATA/containers/<id>/volumes/0  a volume that its image asks for
 //! ```
 //! - A numbered directory is complete and durable; it is reachable once a record names it, and
 //!   its content never changes.
@@ -21,6 +22,7 @@ mod remove;
 mod tar;
 mod tree;
 mod usage;
+mod volume;
 mod writable;
 
 use std::{
@@ -310,23 +312,46 @@ impl Rootfs {
         path: &str,
         max_bytes: usize,
     ) -> Result<Option<Vec<u8>>, RootfsError> {
-        let layers = visible(layers_base_first)
-            .map(|layer| self.open_layer(layer))
-            .collect::<Result<Vec<_>, _>>()?;
-        merge::read_file(layers, path, max_bytes)
+        merge::read_file(self.open_layers(layers_base_first)?, path, max_bytes)
     }
 
-    fn open_layer(&self, layer: &Layer) -> Result<OwnedFd, RootfsError> {
+    /// The directories of layers that together are the directory `path` of an image, topmost first:
+    /// what a read-only overlay of it is made of. Links are followed inside the image; empty is the
+    /// whole image. `None` if there is nothing.
+    ///
+    /// # Errors
+    /// `NotADirectory`, `SymlinkLoop`, `LayerLost`, `Kernel`.
+    pub fn directories(
+        &self,
+        layers_base_first: &[Layer],
+        path: &str,
+    ) -> Result<Option<Vec<PathBuf>>, RootfsError> {
+        let found = merge::directory(self.open_layers(layers_base_first)?, path)?;
+        let absolute = |part: merge::Part| self.inner.layers.path.join(part.path);
+        Ok(found.map(|parts| parts.into_iter().map(absolute).collect()))
+    }
+
+    fn open_layers(&self, layers_base_first: &[Layer]) -> Result<merge::Merged, RootfsError> {
+        visible(layers_base_first)
+            .map(|layer| self.open_layer(layer))
+            .collect()
+    }
+
+    fn open_layer(&self, layer: &Layer) -> Result<merge::Part, RootfsError> {
         let place = &self.inner.layers;
         let name = layer.dir.to_string();
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        openat(&place.fd, &*name, flags, Mode::empty()).map_err(|error| match error {
-            Errno::NOENT => RootfsError::LayerLost {
+        match openat(&place.fd, &*name, flags, Mode::empty()) {
+            Ok(fd) => Ok(merge::Part {
+                fd,
+                path: name.into(),
+            }),
+            Err(Errno::NOENT) => Err(RootfsError::LayerLost {
                 diff_id: layer.diff_id.clone(),
                 dir: layer.dir,
-            },
-            error => RootfsError::kernel("openat", place.path.join(name))(error),
-        })
+            }),
+            Err(error) => Err(RootfsError::kernel("openat", place.path.join(name))(error)),
+        }
     }
 
     /// What all layers take on disk; memory only.

@@ -8,7 +8,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Rootfs, RootfsError, Usage, remove, usage};
+use super::{Rootfs, RootfsError, Usage, remove, usage, volume::VOLUMES};
 use crate::id::ContainerId;
 
 pub(super) struct Writable {
@@ -67,26 +67,36 @@ impl Rootfs {
         })
     }
 
-    /// What a container has written: its upper directory, files with several names counted once.
+    /// What a container has written: its upper directory and its volumes, files with several names
+    /// counted once.
     ///
-    /// Nothing if there is no such writable layer. Blocking: it walks the tree.
+    /// Nothing if there is no such writable layer. Blocking: it walks the trees.
     ///
     /// # Errors
     /// `Changing` if the container moves directories about faster than they are counted;
     /// `Kernel`.
     pub fn writable_usage(&self, container: &ContainerId) -> Result<Usage, RootfsError> {
-        let Writable { upper, .. } = self.writable(container);
+        let upper = self.tree_usage(container, "upper")?;
+        let volumes = self.tree_usage(container, VOLUMES)?;
+        Ok(Usage {
+            bytes: upper.bytes + volumes.bytes,
+            inodes: upper.inodes + volumes.inodes,
+        })
+    }
+
+    fn tree_usage(&self, container: &ContainerId, part: &str) -> Result<Usage, RootfsError> {
+        let path = self.writable(container).dir.join(part);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let name = format!("{container}/upper");
+        let name = format!("{container}/{part}");
         let dir = match openat(&self.inner.containers.fd, name, flags, Mode::empty()) {
             Ok(dir) => dir,
             Err(Errno::NOENT) => return Ok(Usage::default()),
-            Err(error) => return Err(RootfsError::kernel("openat", upper)(error)),
+            Err(error) => return Err(RootfsError::kernel("openat", path)(error)),
         };
         match usage::of_tree(&dir) {
             Ok(Some(usage)) => Ok(usage),
-            Ok(None) => Err(RootfsError::Changing { path: upper }),
-            Err(error) => Err(RootfsError::kernel("getdents64", upper)(error)),
+            Ok(None) => Err(RootfsError::Changing { path }),
+            Err(error) => Err(RootfsError::kernel("getdents64", path)(error)),
         }
     }
 }

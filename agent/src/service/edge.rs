@@ -29,6 +29,14 @@ pub enum EdgeError {
         /// Path of the other.
         other: String,
     },
+    /// A mount that can't be had as asked, told with the word that CRI clients look for.
+    #[error("{word}: {source}")]
+    Mount {
+        /// `RROUnsupported` or `ImageVolumeMountFailed`.
+        word: &'static str,
+        /// What is wrong.
+        source: Box<EdgeError>,
+    },
     /// This agent does not do it.
     #[error("{feature} is not supported: {missing}")]
     Unsupported {
@@ -66,6 +74,7 @@ impl EdgeError {
             Self::Invalid { .. } => ErrorReason::InvalidField,
             Self::Missing { .. } => ErrorReason::MissingField,
             Self::Conflict { .. } => ErrorReason::ConflictingFields,
+            Self::Mount { source, .. } => source.reason(),
             Self::Unsupported { .. } => ErrorReason::NotImplemented,
         }
     }

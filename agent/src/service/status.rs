@@ -94,9 +94,11 @@ impl ToStatus for EdgeError {
             Self::Invalid { .. } | Self::Missing { .. } | Self::Conflict { .. } => {
                 Code::InvalidArgument
             }
+            Self::Mount { source, .. } => return source.verdict(),
         };
         let verdict = Verdict::new(code, self.reason());
         match self {
+            Self::Mount { source, .. } => source.verdict(),
             Self::Invalid {
                 field,
                 value,
@@ -157,6 +159,13 @@ impl ToStatus for LifecycleError {
             Self::ImageMissing { reference } => {
                 Verdict::new(Code::NotFound, ErrorReason::ImageNotFound).fact("image", reference)
             }
+            Self::ImageVolume {
+                reference, source, ..
+            } => source.verdict().fact("image", reference),
+            Self::SubPathMissing { sub_path } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::MountSource)
+                    .fact("path", sub_path)
+            }
             Self::Lacks { id, what } => {
                 let reason = match *what {
                     "stdin" => ErrorReason::NoStdin,
@@ -213,6 +222,9 @@ impl ToStatus for SpecError {
             | Self::Device { path, .. } => {
                 Verdict::new(Code::FailedPrecondition, ErrorReason::MountSource)
                     .fact("path", path.display())
+            }
+            Self::ImageVolumePath { path } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::MountSource).fact("path", path)
             }
             Self::RecursiveReadonly { target, .. } => {
                 invalid("config.mounts.recursive_read_only").fact("value", target.display())
@@ -432,6 +444,7 @@ impl ToStatus for RootfsError {
                 Verdict::new(Code::DataLoss, ErrorReason::ContentInvalid).fact("digest", diff_id)
             }
             Self::NotAFile { path }
+            | Self::NotADirectory { path }
             | Self::FileTooLarge { path, .. }
             | Self::SymlinkLoop { path } => {
                 Verdict::new(Code::FailedPrecondition, ErrorReason::ContentInvalid)

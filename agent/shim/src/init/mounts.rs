@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
-use longshore_sys::mount::{self, Attributes, Flags};
+use longshore_sys::mount::{self, Attributes, Flags, Overlay};
 use longshore_sys::path::{self, Missing};
 use rustix::fs::{CWD, FileType};
 
@@ -72,6 +73,10 @@ pub(super) fn mount_all(
         let done = match (source, mount.fs_type.as_str()) {
             (Some(tree), _) => attach(&tree, root, &mount.target),
             (None, "cgroup") => mount_cgroups(plan, mount, root),
+            (None, "overlay") => match lower_dirs(&mount.data) {
+                Some(lower) => mount_overlay(mount, root, &lower),
+                None => mount_new(mount, root),
+            },
             (None, _) => mount_new(mount, root),
         };
         at(done, || format!("mount {}", mount.target))?;
@@ -104,6 +109,71 @@ fn mount_new(mount: &Mount, root: &OwnedFd) -> io::Result<()> {
         mount::set_attributes(resolve(root, &mount.target, Missing::Refuse)?, false, own)?;
     }
     Ok(())
+}
+
+/// The directories of an overlay that has lower ones only; `None` if it has other options too.
+///
+/// Source: kernel, overlayfs.rst: colons within a name are escaped by a backslash.
+fn lower_dirs(data: &str) -> Option<Vec<PathBuf>> {
+    let mut dirs = vec![String::new()];
+    let mut letters = data.strip_prefix("lowerdir=")?.chars();
+    while let Some(letter) = letters.next() {
+        let letter = match letter {
+            ',' => return None,
+            ':' => {
+                dirs.push(String::new());
+                continue;
+            }
+            '\\' => letters.next()?,
+            letter => letter,
+        };
+        dirs.last_mut()?.push(letter);
+    }
+    dirs.iter()
+        .all(|dir| dir.starts_with('/'))
+        .then(|| dirs.into_iter().map(PathBuf::from).collect())
+}
+
+/// A read-only overlay of any number of directories, as an image mounted as a volume is: their whole
+/// names could be more than the one page that mount(2) takes.
+fn mount_overlay(mount: &Mount, root: &OwnedFd, lower: &[PathBuf]) -> io::Result<()> {
+    let parent = lower
+        .first()
+        .and_then(|first| {
+            first
+                .ancestors()
+                .skip(1)
+                .find(|parent| lower.iter().all(|dir| dir.starts_with(parent)))
+        })
+        .unwrap_or(Path::new("/"));
+    let names: Vec<String> = lower
+        .iter()
+        .filter_map(|dir| Some(dir.strip_prefix(parent).ok()?.to_str()?.to_owned()))
+        .collect();
+    let overlay = Overlay {
+        layers_dir: parent,
+        lower: &names,
+        writable: None,
+    };
+    let target = path::make_dir_in_root(root, &mount.target, 0o755)?;
+    match mount::overlay_detached(&overlay) {
+        Ok(tree) => mount::attach(&tree, &target)?,
+        // A kernel without lowerdir+, or a path beyond the 255 bytes of one fsconfig string.
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EINVAL | libc::ENOSYS | libc::ENAMETOOLONG)
+            ) =>
+        {
+            mount::overlay_at(&overlay, Path::new(&path::fd_path(&target)))?;
+        }
+        Err(error) => return Err(error),
+    }
+    let own = Attributes {
+        propagation: propagation_bits(mount.propagation()),
+        ..mount::attributes_of(mount.flags)
+    };
+    mount::set_attributes(resolve(root, &mount.target, Missing::Refuse)?, false, own)
 }
 
 /// mount(2) with a descriptor as target: the host's `/proc` is still the one in sight, and
@@ -283,6 +353,24 @@ mod tests {
             ("memory", None),
         ] {
             assert_eq!(own_cgroup(text, options), expected, "{options}");
+        }
+    }
+
+    #[test]
+    fn layers_of_an_overlay_are_read_from_its_options() {
+        for (data, expected) in [
+            ("lowerdir=/l/1:/l/2/sub", Some(vec!["/l/1", "/l/2/sub"])),
+            (
+                "lowerdir=/l/a\\:b\\,c:/l/d\\\\",
+                Some(vec!["/l/a:b,c", "/l/d\\"]),
+            ),
+            ("lowerdir=/l/1,upperdir=/u,workdir=/w", None),
+            ("lowerdir=relative:/l/2", None),
+            ("upperdir=/u", None),
+            ("lowerdir=/l/1\\", None),
+        ] {
+            let expected = expected.map(|dirs| dirs.into_iter().map(PathBuf::from).collect());
+            assert_eq!(lower_dirs(data), expected, "{data}");
         }
     }
 

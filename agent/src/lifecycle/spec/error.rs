@@ -63,6 +63,14 @@ pub enum SpecError {
         /// What it needs.
         reason: &'static str,
     },
+    /// The image asks for a volume where none can be.
+    #[error(
+        "the image asks for a volume at {path:?}, which belongs to the kernel or is the root; mount something there to replace it"
+    )]
+    ImageVolumePath {
+        /// As the image has it.
+        path: String,
+    },
     /// No such capability.
     #[error(
         "capability {name:?} is not known to this kernel; names are those of capabilities(7) without CAP_, or ALL"

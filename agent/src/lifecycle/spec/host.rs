@@ -27,6 +27,11 @@ pub struct HostFacts {
     pub hostname: String,
     /// Sources of bind mounts, by the path that was asked for.
     pub sources: BTreeMap<PathBuf, SourceFacts>,
+    /// Directories of layers, topmost first, that a mount of an image is made of, by the target of
+    /// the mount.
+    pub images: BTreeMap<PathBuf, Vec<PathBuf>>,
+    /// Directories of the container's own that hold the volumes its image asks for, by target.
+    pub volumes: BTreeMap<PathBuf, PathBuf>,
     /// Devices by the path that was asked for: one node, or those below a directory.
     pub devices: BTreeMap<PathBuf, Vec<DeviceNode>>,
     /// All device nodes of the host, for a privileged container.

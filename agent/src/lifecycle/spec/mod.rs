@@ -38,6 +38,7 @@ pub use self::{
     environment::env_bytes,
     error::SpecError,
     host::{DeviceNode, HostFacts, SourceFacts, gather},
+    mounts::image_volumes,
     process::{ExecProcess, exec_process},
     resources::{check_resources, linux_resources},
     user::resolve_user,

@@ -5,17 +5,18 @@
 
 use std::{
     ffi::OsStr,
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
 use oci_spec::runtime::Mount;
 
 use super::{
-    super::container::{MountSource, MountWish, Propagation},
+    super::container::{ContainerConfig, MountSource, MountWish, Propagation},
     HostFacts, SpecError, SpecInput,
     process::absolute,
 };
-use crate::cgroup::CgroupVersion;
+use crate::{cgroup::CgroupVersion, image::ImageConfig};
 
 const OPTIONS: [&str; 3] = ["noexec", "nosuid", "nodev"];
 
@@ -32,6 +33,7 @@ pub(super) fn mounts(input: &SpecInput<'_>) -> Result<Vec<Mount>, SpecError> {
     let mut all: Vec<Mount> = usual(input)
         .into_iter()
         .chain(files(input))
+        .chain(volumes(input.host))
         .filter(|usual| {
             let target = usual.destination();
             !(is_wished(target) || own_dev && target.starts_with("/dev"))
@@ -40,6 +42,50 @@ pub(super) fn mounts(input: &SpecInput<'_>) -> Result<Vec<Mount>, SpecError> {
     all.extend(wished);
     all.sort_by_key(|mount| mount.destination().components().count());
     Ok(all)
+}
+
+/// Where the image asks for volumes, sorted: nowhere where a mount is wished, nor where every
+/// container has a mount.
+///
+/// # Errors
+/// `ImageVolumePath` where a directory would hide what confines the container.
+pub fn image_volumes(
+    image: &ImageConfig,
+    config: &ContainerConfig,
+) -> Result<Vec<PathBuf>, SpecError> {
+    const OF_EACH: [&str; 5] = [
+        "/dev/shm",
+        "/dev/mqueue",
+        "/etc/hostname",
+        "/etc/hosts",
+        "/etc/resolv.conf",
+    ];
+    const OF_THE_KERNEL: [&str; 3] = ["/dev", "/proc", "/sys"];
+    let wished = config
+        .mounts
+        .iter()
+        .map(|wish| absolute("mounts.target", &wish.target.to_string_lossy()))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut targets = std::collections::BTreeSet::new();
+    for path in &image.volumes {
+        // Images may name a path as from their root.
+        let target = absolute("image.volumes", &format!("/{path}"))?;
+        if wished.contains(&target) || OF_EACH.iter().any(|usual| target == Path::new(usual)) {
+            continue;
+        }
+        let is_kernels = OF_THE_KERNEL.iter().any(|top| target.starts_with(top));
+        if is_kernels || target == Path::new("/") {
+            return Err(SpecError::ImageVolumePath { path: path.clone() });
+        }
+        targets.insert(target);
+    }
+    Ok(targets.into_iter().collect())
+}
+
+fn volumes(host: &HostFacts) -> impl Iterator<Item = Mount> {
+    host.volumes
+        .iter()
+        .map(|(target, source)| mount(target, "bind", source, &["rbind", "rprivate", "rw"]))
 }
 
 /// How much of the host's mounts the container's root must hear of.
@@ -196,6 +242,21 @@ fn wished(wish: &MountWish, host: &HostFacts) -> Result<Mount, SpecError> {
                 &[&[bind, propagation], &options[..]].concat(),
             ))
         }
+        MountSource::Image { .. } => {
+            propagation(wish.propagation, &wish.target, false, false)?;
+            if !wish.readonly {
+                return Err(SpecError::invalid(
+                    field("readonly"),
+                    false,
+                    "true, since an image is shared by all that use it",
+                ));
+            }
+            let dirs = host.images.get(&wish.target).map(Vec::as_slice);
+            // Nothing is below it: the mount's own flag is all there is.
+            options.retain(|option| !["ro", "rro"].contains(option));
+            options.push("ro");
+            image(target, dirs.unwrap_or_default(), options)
+        }
         MountSource::Tmpfs { size_bytes, mode } => {
             // Nothing of the host is in it that could spread.
             propagation(wish.propagation, Path::new("tmpfs"), false, false)?;
@@ -218,6 +279,45 @@ fn wished(wish: &MountWish, host: &HostFacts) -> Result<Mount, SpecError> {
             Ok(mount(target, "tmpfs", "tmpfs", &options))
         }
     }
+}
+
+/// A directory of an image. With one layer it is that layer's own, since an overlay must have two.
+///
+/// Source: kernel, overlayfs.rst, "Multiple lower layers".
+fn image(target: PathBuf, dirs: &[PathBuf], mut options: Vec<&str>) -> Result<Mount, SpecError> {
+    match dirs {
+        [] => {
+            options.push("size=4k");
+            Ok(mount(target, "tmpfs", "tmpfs", &options))
+        }
+        [single] => {
+            options.extend(["bind", "rprivate"]);
+            Ok(mount(target, "bind", text(single)?, &options))
+        }
+        many => {
+            let mut lower = String::from("lowerdir=");
+            for (at, dir) in many.iter().enumerate() {
+                if at > 0 {
+                    lower.push(':');
+                }
+                for letter in text(dir)?.chars() {
+                    if matches!(letter, '\\' | ',' | ':') {
+                        lower.push('\\');
+                    }
+                    lower.push(letter);
+                }
+            }
+            let options = [&options[..], &[&*lower]].concat();
+            Ok(mount(target, "overlay", "overlay", &options))
+        }
+    }
+}
+
+fn text(path: &Path) -> Result<&str, SpecError> {
+    path.to_str().ok_or_else(|| {
+        let shown = path.as_os_str().as_bytes().escape_ascii();
+        SpecError::invalid("mounts.image_sub_path", shown, "a path in UTF-8")
+    })
 }
 
 fn propagation(
@@ -542,6 +642,69 @@ mod tests {
             let linux = built.spec.linux().clone().expect("is Linux");
             assert_eq!(linux.rootfs_propagation().as_deref(), root);
         }
+    }
+
+    #[test]
+    fn images_are_mounted_from_their_layers() {
+        let image = |dirs: &[&str], options: &[&str]| {
+            let mut mount = bind("/t", "");
+            mount.source = MountSource::Image {
+                reference: "image:1".to_owned(),
+                sub_path: String::new(),
+            };
+            (mount.readonly, mount.recursive_readonly) = (true, true);
+            mount.options = options.iter().map(|&option| option.to_owned()).collect();
+            let mut wish = with(vec![mount]);
+            let dirs = dirs.iter().map(PathBuf::from).collect();
+            wish.host.images.insert("/t".into(), dirs);
+            wish
+        };
+        for (dirs, options, expected) in [
+            (&[][..], &[][..], "/t tmpfs tmpfs ro,size=4k"),
+            (&["/l/1"], &["nodev"], "/t bind /l/1 nodev,ro,bind,rprivate"),
+            (
+                &["/l/2/a:b", "/l/1/c,d\\"],
+                &[],
+                "/t overlay overlay ro,lowerdir=/l/2/a\\:b:/l/1/c\\,d\\\\",
+            ),
+        ] {
+            assert_eq!(line(&image(dirs, options), "/t"), expected);
+        }
+        let mut writable = image(&["/l/1"], &[]);
+        writable.config.mounts[0].readonly = false;
+        writable.config.mounts[0].recursive_readonly = false;
+        assert!(built(&writable).is_err());
+    }
+
+    #[test]
+    fn volumes_of_the_image_are_where_nothing_else_is() {
+        let found = |volumes: &[&str]| {
+            let mut image = super::super::testing::image();
+            image.volumes = volumes.iter().map(|&path| path.to_owned()).collect();
+            let wish = with(vec![bind("/mine/", "/host/a")]);
+            image_volumes(&image, &wish.config).map_err(|error| error.to_string())
+        };
+        assert_eq!(
+            found(&[
+                "/data/",
+                "rel",
+                "/mine",
+                "/a/../b",
+                "/b",
+                "/etc/hosts",
+                "/dev/shm"
+            ]),
+            Ok(["/b", "/data", "/rel"].map(PathBuf::from).to_vec())
+        );
+        for path in ["/", "/..", "/proc", "/sys/fs", "/dev", "/dev/x"] {
+            assert!(
+                found(&[path]).is_err_and(|error| error.contains(path)),
+                "{path}"
+            );
+        }
+        let mut wish = Wish::new();
+        wish.host.volumes.insert("/data".into(), "/own/0".into());
+        assert_eq!(line(&wish, "/data"), "/data bind /own/0 rbind,rprivate,rw");
     }
 
     #[test]

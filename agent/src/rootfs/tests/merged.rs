@@ -51,7 +51,11 @@ impl Stack {
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         let open = |layer: &Layer| {
             let path = self.layers_dir().join(layer.dir.to_string());
-            rustix::fs::open(path, flags, Mode::empty()).expect("unpacked")
+            let fd = rustix::fs::open(path, flags, Mode::empty()).expect("unpacked");
+            merge::Part {
+                fd,
+                path: layer.dir.to_string().into(),
+            }
         };
         merge::read_file(visible(&self.layers).map(open).collect(), path, 1000)
     }
@@ -174,13 +178,13 @@ fn an_opaque_root_hides_all_below() {
 }
 
 /// One entry of a random layer: what, where, link target.
-type Step = (u8, String, String);
+pub(super) type Step = (u8, String, String);
 
 fn name() -> impl Strategy<Value = String> {
     vec(prop_oneof![Just("a"), Just("b"), Just("c")], 1..4).prop_map(|parts| parts.join("/"))
 }
 
-fn layer() -> impl Strategy<Value = Vec<Step>> {
+pub(super) fn layer() -> impl Strategy<Value = Vec<Step>> {
     let target = prop_oneof![
         name(),
         name().prop_map(|name| format!("/{name}")),
@@ -189,7 +193,7 @@ fn layer() -> impl Strategy<Value = Vec<Step>> {
     vec((0..6_u8, name(), target), 1..8)
 }
 
-fn archive(steps: &[Step], content: &str) -> Vec<u8> {
+pub(super) fn archive(steps: &[Step], content: &str) -> Vec<u8> {
     let mut archive = new();
     for (kind, name, target) in steps {
         let (parent, last) = name.rsplit_once('/').unwrap_or(("", name));

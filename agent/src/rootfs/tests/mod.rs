@@ -7,6 +7,7 @@ mod merged;
 mod random;
 mod store;
 mod trees;
+mod volume;
 
 use std::{
     collections::BTreeMap,
@@ -94,7 +95,10 @@ fn list_without(root: &Path, left_out: &Path) -> Listing {
             continue;
         }
         let full = root.join(&path);
-        let meta = fs::symlink_metadata(&full).expect("it was listed");
+        let Ok(meta) = fs::symlink_metadata(&full) else {
+            // Overlayfs lists the whiteouts of a directory that only one layer has.
+            continue;
+        };
         if meta.is_dir() {
             for entry in fs::read_dir(&full).expect("a directory") {
                 pending.push(path.join(entry.expect("a readable directory").file_name()));

@@ -14,14 +14,14 @@ use crate::{
     store::{Changes, Store, Tables},
 };
 
-struct Agent {
-    dir: TempDir,
+pub(super) struct Agent {
+    pub(super) dir: TempDir,
     store: Store,
-    rootfs: Rootfs,
+    pub(super) rootfs: Rootfs,
 }
 
 impl Agent {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let tables = Tables::new().with::<Layer>();
         let store = Store::open(&dir.path().join("store.db"), tables).expect("a new store");
@@ -29,12 +29,16 @@ impl Agent {
         Self { dir, store, rootfs }
     }
 
-    fn layer(&self, archive: Archive) -> Layer {
+    pub(super) fn layer(&self, archive: Archive) -> Layer {
+        self.try_layer(&archive.end()).expect("a good archive")
+    }
+
+    /// `None` for an archive that is none of a layer.
+    pub(super) fn try_layer(&self, archive: &[u8]) -> Option<Layer> {
         let dir = self.rootfs.begin_layer().expect("room");
         let cancelled = AtomicBool::new(false);
-        let unpacked = unpack(&archive.end()[..], &dir, &Limits::default(), &cancelled)
-            .expect("a good archive");
-        self.rootfs.finish_layer(dir, &unpacked).expect("room")
+        let unpacked = unpack(archive, &dir, &Limits::default(), &cancelled).ok()?;
+        Some(self.rootfs.finish_layer(dir, &unpacked).expect("room"))
     }
 
     fn mode(&self, path: &str) -> u32 {

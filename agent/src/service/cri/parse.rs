@@ -516,24 +516,12 @@ fn mounts(wished: &[cri::Mount]) -> Parsed<Vec<MountWish>> {
 fn mount(mount: &cri::Mount, at: &str) -> Parsed<MountWish> {
     edge::required(&format!("{at}.container_path"), &mount.container_path)?;
     edge::absolute_path(&format!("{at}.container_path"), &mount.container_path)?;
-    if mount
-        .image
-        .as_ref()
-        .is_some_and(|image| !image.image.is_empty())
-    {
-        return Err(EdgeError::Unsupported {
-            feature: "image volumes",
-            missing: "ImageVolumeMountFailed: images are not mounted as volumes yet",
-        });
-    }
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(EdgeError::Unsupported {
             feature: "id-mapped mounts",
             missing: "the native handler does not map ids yet",
         });
     }
-    edge::required(&format!("{at}.host_path"), &mount.host_path)?;
-    edge::absolute_path(&format!("{at}.host_path"), &mount.host_path)?;
     let propagation = match cri::MountPropagation::try_from(mount.propagation) {
         Ok(cri::MountPropagation::PropagationPrivate) => Propagation::Private,
         Ok(cri::MountPropagation::PropagationHostToContainer) => Propagation::HostToContainer,
@@ -547,20 +535,15 @@ fn mount(mount: &cri::Mount, at: &str) -> Parsed<MountWish> {
         }
     };
     if mount.recursive_read_only {
-        let field = || format!("{at}.recursive_read_only");
+        let only_with = |expected| {
+            let field = format!("{at}.recursive_read_only");
+            unmountable("RROUnsupported", EdgeError::invalid(field, true, expected))
+        };
         if !mount.readonly {
-            return Err(EdgeError::invalid(
-                field(),
-                true,
-                "RROUnsupported: only with readonly",
-            ));
+            return Err(only_with("readonly to be set too"));
         }
         if propagation != Propagation::Private {
-            return Err(EdgeError::invalid(
-                field(),
-                true,
-                "RROUnsupported: only with private propagation",
-            ));
+            return Err(only_with("private propagation"));
         }
     }
     for (index, option) in mount.mount_options.iter().enumerate() {
@@ -574,16 +557,79 @@ fn mount(mount: &cri::Mount, at: &str) -> Parsed<MountWish> {
     }
     Ok(MountWish {
         target: mount.container_path.clone().into(),
-        source: MountSource::Bind {
-            path: mount.host_path.clone().into(),
-            create: true,
-            recursive: true,
-        },
+        source: mount_source(mount, at, propagation)?,
         readonly: mount.readonly,
         recursive_readonly: mount.recursive_read_only,
         propagation,
         options: mount.mount_options.clone(),
         selinux_relabel: mount.selinux_relabel,
+    })
+}
+
+/// A mount error with the word that clients look for.
+fn unmountable(word: &'static str, source: EdgeError) -> EdgeError {
+    EdgeError::Mount {
+        word,
+        source: Box::new(source),
+    }
+}
+
+fn mount_source(mount: &cri::Mount, at: &str, propagation: Propagation) -> Parsed<MountSource> {
+    let field = |name: &str| format!("{at}.{name}");
+    if let Some(image) = mount.image.as_ref().filter(|one| !one.image.is_empty()) {
+        return image_source(mount, &image.image, propagation, field)
+            .map_err(|error| unmountable("ImageVolumeMountFailed", error));
+    }
+    if !mount.image_sub_path.is_empty() {
+        return Err(EdgeError::missing(field("image")));
+    }
+    edge::required(&field("host_path"), &mount.host_path)?;
+    edge::absolute_path(&field("host_path"), &mount.host_path)?;
+    Ok(MountSource::Bind {
+        path: mount.host_path.clone().into(),
+        create: true,
+        recursive: true,
+    })
+}
+
+/// CRI `Mount.image`: read-only, in place of a path of the host.
+fn image_source(
+    mount: &cri::Mount,
+    image: &str,
+    propagation: Propagation,
+    field: impl Fn(&str) -> String,
+) -> Parsed<MountSource> {
+    edge::text(&field("image.image"), image, 1024)?;
+    if !mount.host_path.is_empty() {
+        return Err(EdgeError::Conflict {
+            field: field("host_path"),
+            other: field("image"),
+        });
+    }
+    if !mount.readonly {
+        let expected = "true for an image";
+        return Err(EdgeError::invalid(field("readonly"), false, expected));
+    }
+    if propagation != Propagation::Private {
+        let expected = "PRIVATE (0) for an image";
+        return Err(EdgeError::invalid(
+            field("propagation"),
+            mount.propagation,
+            expected,
+        ));
+    }
+    let sub_path = &mount.image_sub_path;
+    edge::text(&field("image_sub_path"), sub_path, 4096)?;
+    if sub_path.starts_with('/') || sub_path.split('/').any(|part| part == "..") {
+        return Err(EdgeError::invalid(
+            field("image_sub_path"),
+            sub_path,
+            "a relative path without `..`",
+        ));
+    }
+    Ok(MountSource::Image {
+        reference: image.to_owned(),
+        sub_path: sub_path.clone(),
     })
 }
 

@@ -176,7 +176,7 @@ pub(super) fn container_status(container: &Container) -> cri::ContainerStatus {
         }),
         labels: map(&config.labels),
         annotations: map(&config.annotations),
-        mounts: requested.mounts,
+        mounts: mounts(container, requested.mounts),
         log_path: config
             .log
             .as_ref()
@@ -200,6 +200,18 @@ pub(super) fn container_status(container: &Container) -> cri::ContainerStatus {
         }),
         stop_signal: signal::value(container.stop_signal).into(),
     }
+}
+
+/// The mounts that were asked for; those of images with what they were resolved to in both fields,
+/// because clients that collect images look into either.
+fn mounts(container: &Container, mut mounts: Vec<cri::Mount>) -> Vec<cri::Mount> {
+    for image in mounts.iter_mut().filter_map(|mount| mount.image.as_mut()) {
+        if let Some(id) = container.mounted_images.get(&image.image) {
+            image.image = id.to_string();
+            image.image_ref = id.to_string();
+        }
+    }
+    mounts
 }
 
 fn resources(limits: &Resources, oom_score_adj: Option<i32>) -> cri::LinuxContainerResources {

@@ -1,0 +1,3 @@
+//! The CRI contract, paragraph by paragraph: each test names in its doc comment what it shows.
+
+mod volumes;
