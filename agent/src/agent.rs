@@ -31,7 +31,7 @@ use crate::{
     id::{Face, InstanceId},
     image::{Image, ImageError, Images},
     lifecycle::{Lifecycle, LifecycleError, Parts, container::Container, sandbox::Sandbox},
-    network::{Network, NetworkError, Networks},
+    network::{Network, NetworkError, Networks, cni},
     operation::{Intent, Operations},
     rootfs::{Layer, Rootfs, RootfsError},
     service::{
@@ -149,6 +149,7 @@ impl Agent {
             .with::<Image>()
             .with::<Layer>()
             .with::<Network>()
+            .with::<cni::Cached>()
             .with::<Sandbox>()
             .with::<Container>();
         let store = Store::open(&config.data_dir.join("store.db"), tables)?;
@@ -209,6 +210,9 @@ impl Agent {
             tokio::spawn(Arc::clone(&self.lifecycle).follow_shims(events));
         }
         self.lifecycle.recover(rebooted).await?;
+        let at = self.store.snapshot();
+        self.networks
+            .recovered(|sandbox| at.get::<Sandbox>(sandbox.as_str()).is_some());
         self.store
             .commit(Changes::new().event(EventDraft::new(EventKind::AgentStarted, Face::Native)))
             .await?;

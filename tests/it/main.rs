@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bad_input;
+mod cni;
 mod crash;
 mod cri;
 mod foreign;

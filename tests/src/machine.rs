@@ -8,7 +8,7 @@ use std::{
     collections::BTreeSet,
     fs,
     net::{SocketAddr, TcpListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command},
     sync::{Arc, mpsc},
     thread::{self, JoinHandle},
@@ -57,6 +57,18 @@ impl Machine {
             let everything = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
             mount(None::<&str>, "/", None::<&str>, everything, None::<&str>)
                 .context("make mounts private")?;
+            // A host that has a network of CNI would lend it to every agent here.
+            let folder = Path::new("/etc/cni/net.d");
+            if folder.exists() {
+                mount(
+                    Some("none"),
+                    folder,
+                    Some("tmpfs"),
+                    MsFlags::empty(),
+                    None::<&str>,
+                )
+                .context("hide /etc/cni/net.d")?;
+            }
             let up = Command::new("ip")
                 .args(["link", "set", "lo", "up"])
                 .status()

@@ -134,7 +134,7 @@ impl Lifecycle {
     ) -> Result<(), LifecycleError> {
         let (cgroups, path) = (Arc::clone(&self.cgroups), sandbox.cgroup.clone());
         let killed = blocking::run("kill cgroup", move || cgroups.kill(&path)).await;
-        let detached = self.networks.detach(&sandbox.id).await;
+        let detached = self.networks.undo_attach(&sandbox.id).await;
         let ended = self
             .handler
             .end_pod(&sandbox.id, &self.sandbox_dir(&sandbox.id))

@@ -40,7 +40,7 @@ pub(super) fn create(
         make_dir(&each, 0o711)?;
     }
     write(&dir.join("hostname"), format!("{hostname}\n"))?;
-    write(&dir.join("hosts"), hosts(hostname, addresses))?;
+    write_hosts(dir, hostname, addresses)?;
     write(&dir.join("resolv.conf"), resolv_conf(config)?)?;
     if !config.host_ipc {
         let shm = dir.join("shm");
@@ -49,6 +49,15 @@ pub(super) fn create(
             .map_err(LifecycleError::file("mount tmpfs on", shm))?;
     }
     create_namespaces(dir, config, hostname)
+}
+
+/// Names the sandbox's addresses to its containers; without any, as the host does.
+pub(super) fn write_hosts(
+    dir: &Path,
+    hostname: &str,
+    addresses: &[IpAddr],
+) -> Result<(), LifecycleError> {
+    write(&dir.join("hosts"), hosts(hostname, addresses))
 }
 
 /// Undoes [`create`]; absent parts are fine. With a live shim in the directory only the files that

@@ -64,7 +64,7 @@ impl Lifecycle {
     pub async fn remove_leftover(self: &Arc<Self>, id: &SandboxId) -> Result<(), LifecycleError> {
         let dir = self.sandbox_dir(id);
         let ended = self.handler.end_pod(id, &dir).await;
-        let detached = self.networks.detach(id).await;
+        let detached = self.networks.detach(id, None).await;
         let removed = remove_files(dir).await;
         self.settle(id);
         ended?;

@@ -126,14 +126,14 @@ impl Operation for RemovePodSandbox {
         &self,
         step: Step,
         on: &Arc<Lifecycle>,
-        _: &Context,
+        context: &Context,
     ) -> Result<Option<()>, LifecycleError> {
         let Some(sandbox) = on.store.snapshot().get::<Sandbox>(self.id.as_str()) else {
             return Ok(None);
         };
         match step {
             Step::Containers => self.remove_containers(on).await?,
-            Step::Detach => on.networks.detach(&self.id).await?,
+            Step::Detach => on.networks.detach(&self.id, Some(context)).await?,
             Step::Shim => on.end_shim(&self.id).await?,
             Step::Files => {
                 let dir = on.sandbox_dir(&self.id);

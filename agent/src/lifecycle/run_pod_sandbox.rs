@@ -2,6 +2,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -15,7 +16,10 @@ use crate::{
     event::{EventDraft, EventKind},
     handler::Handler as _,
     id::SandboxId,
-    network::{Attachment, Mode, NetworkPlan},
+    network::{
+        Attachment, Mode, NetworkPlan,
+        cni::{Cached, PodFacts},
+    },
     operation::{Context, OnRestart, Operation, OperationKey, Over, Subject},
     store::{Changes, Snapshot},
 };
@@ -36,6 +40,7 @@ impl Lifecycle {
                 known: vec![NATIVE_HANDLER.into()],
             });
         }
+        self.networks.prepare(&config.network).await?;
         let run = RunPodSandbox {
             id: SandboxId::random(),
             config,
@@ -94,17 +99,44 @@ impl RunPodSandbox {
         }
     }
 
+    /// What plugins may be told of it.
+    fn facts(&self, on: &Lifecycle, cgroup: &CgroupPath) -> PodFacts {
+        let config = &self.config;
+        PodFacts {
+            namespace: config.key.namespace.clone(),
+            name: config.key.name.clone(),
+            uid: config.key.uid.clone(),
+            annotations: config.annotations.clone(),
+            dns: config
+                .dns
+                .clone()
+                .map(|dns| [dns.servers, dns.searches, dns.options]),
+            cgroup: cgroup.as_str().to_owned(),
+            netns: files::namespace(&on.sandbox_dir(&self.id), "net"),
+        }
+    }
+
+    /// Plugins choose the addresses after the files were made.
+    async fn name_addresses(
+        &self,
+        on: &Lifecycle,
+        attachment: &Attachment,
+    ) -> Result<(), LifecycleError> {
+        let dir = on.sandbox_dir(&self.id);
+        let hostname = self.planned().hostname.clone();
+        let addresses: Vec<_> = attachment.addresses.iter().map(IpNet::addr).collect();
+        blocking::run("write hosts", move || {
+            files::write_hosts(&dir, &hostname, &addresses)
+        })
+        .await
+    }
+
     async fn create_files(&self, on: &Lifecycle) -> Result<(), LifecycleError> {
         let dir = on.sandbox_dir(&self.id);
         let config = self.config.clone();
         let planned = self.planned();
         let hostname = planned.hostname.clone();
-        let addresses: Vec<IpAddr> = planned
-            .network
-            .addresses
-            .iter()
-            .map(ipnet::IpNet::addr)
-            .collect();
+        let addresses: Vec<IpAddr> = planned.network.addresses.iter().map(IpNet::addr).collect();
         blocking::run("create sandbox namespaces", move || {
             if let Some(logs) = &config.log_directory {
                 files::make_dir(logs, 0o755)?;
@@ -161,10 +193,13 @@ impl Operation for RunPodSandbox {
         if let Some(holder) = at.claim(&name) {
             return Err(LifecycleError::NameTaken { name, holder });
         }
-        let network = on.networks.plan(at, &self.id, &self.config.network)?;
         let cgroup = on
             .cgroups
             .pod(self.config.cgroup_parent.as_deref(), &self.id)?;
+        let facts = self.facts(on, &cgroup);
+        let network = on
+            .networks
+            .plan(at, &self.id, &self.config.network, &facts)?;
         let holder = Sandbox::holder(&self.id);
         let changes = network
             .claims()
@@ -172,6 +207,10 @@ impl Operation for RunPodSandbox {
             .fold(Changes::new().claim(name, &holder), |changes, key| {
                 changes.claim(key, &holder)
             });
+        let changes = network
+            .record(&self.id)
+            .into_iter()
+            .fold(changes, Changes::put);
         self.planned = Some(Planned {
             cgroup,
             network,
@@ -184,7 +223,7 @@ impl Operation for RunPodSandbox {
         &self,
         step: Step,
         on: &Arc<Lifecycle>,
-        _: &Context,
+        context: &Context,
     ) -> Result<Option<Fact>, LifecycleError> {
         match step {
             Step::Cgroup => {
@@ -200,8 +239,11 @@ impl Operation for RunPodSandbox {
                 let netns = files::namespace(&on.sandbox_dir(&self.id), "net");
                 let attachment = on
                     .networks
-                    .attach(&self.id, &self.planned().network, &netns)
+                    .attach(&self.id, &self.planned().network, &netns, Some(context))
                     .await?;
+                if self.planned().network.cni.is_some() {
+                    self.name_addresses(on, &attachment).await?;
+                }
                 Ok(Some(Fact::Attached(attachment)))
             }
             Step::Shim => {
@@ -218,7 +260,7 @@ impl Operation for RunPodSandbox {
         let dir = on.sandbox_dir(&self.id);
         match step {
             Step::Shim => Ok(on.handler.end_pod(&self.id, &dir).await?),
-            Step::Attach => Ok(on.networks.detach(&self.id).await?),
+            Step::Attach => Ok(on.networks.undo_attach(&self.id).await?),
             Step::Namespaces => {
                 blocking::run("remove sandbox namespaces", move || files::remove(&dir)).await?;
                 on.settle(&self.id);
@@ -258,7 +300,8 @@ impl Operation for RunPodSandbox {
         (changes, self.id.clone())
     }
 
-    fn unwound(&self, _: Option<&LifecycleError>, _: &Snapshot) -> Changes {
-        Changes::new().release_holder(Sandbox::holder(&self.id))
+    fn unwound(&self, _: Option<&LifecycleError>, at: &Snapshot) -> Changes {
+        let changes = Changes::new().release_holder(Sandbox::holder(&self.id));
+        Cached::forget_planned(at, &self.id, changes)
     }
 }

@@ -133,11 +133,11 @@ impl Operation for StopPodSandbox {
         &self,
         step: Step,
         on: &Arc<Lifecycle>,
-        _: &Context,
+        context: &Context,
     ) -> Result<Option<()>, LifecycleError> {
         match step {
             Step::Containers => on.end_containers(&self.id, self.grace).await?,
-            Step::Detach => on.networks.detach(&self.id).await?,
+            Step::Detach => on.networks.detach(&self.id, Some(context)).await?,
             Step::Shim => on.end_shim(&self.id).await?,
             Step::Namespaces => {
                 let dir = on.sandbox_dir(&self.id);

@@ -58,6 +58,9 @@ pub struct Attachment {
     pub mac: Option<Mac>,
     /// In bytes.
     pub mtu: u32,
+    /// What the plugins of CNI answered, if they attached it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<serde_json::Value>,
 }
 
 /// What the kernel has of this instance.
@@ -268,15 +271,12 @@ pub(super) fn attach(
         gateways: Vec::new(),
         mac: None,
         mtu: 0,
+        result: None,
     };
     match plan.mode {
         Mode::Host => return Ok(attachment),
         Mode::None => {
-            in_netns(
-                open(netns)?.as_fd(),
-                || Ok(()),
-                |()| Netlink::open()?.apply(vec![netlink::set_up("lo")]),
-            )?;
+            loopback(netns)?;
             return Ok(attachment);
         }
         Mode::Pod => {}
@@ -295,6 +295,15 @@ pub(super) fn attach(
     attachment.mac = plan.mac;
     attachment.mtu = plan.mtu;
     Ok(attachment)
+}
+
+/// Brings the namespace's loopback up.
+pub(super) fn loopback(netns: &Path) -> Result<(), NetworkError> {
+    in_netns(
+        open(netns)?.as_fd(),
+        || Ok(()),
+        |()| Netlink::open()?.apply(vec![netlink::set_up("lo")]),
+    )
 }
 
 fn open(netns: &Path) -> Result<File, NetworkError> {

@@ -4,7 +4,10 @@ use std::{io, net::IpAddr, path::PathBuf};
 
 use ipnet::IpNet;
 
-use super::ports::{HostAddress, Protocol};
+use super::{
+    cni::CniError,
+    ports::{HostAddress, Protocol},
+};
 use crate::store::StoreError;
 
 /// Why a network could not do what was asked.
@@ -122,6 +125,9 @@ pub enum NetworkError {
         #[source]
         source: io::Error,
     },
+    /// A network of CNI.
+    #[error(transparent)]
+    Cni(#[from] CniError),
     /// The store refused the change.
     #[error("network record not committed")]
     Store(#[from] StoreError),

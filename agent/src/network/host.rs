@@ -2,7 +2,10 @@
 //!
 //! Everything here is about the network namespace of the calling thread.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use ipnet::IpNet;
 
@@ -64,6 +67,34 @@ pub enum Finding {
     },
     /// Settings can't be changed by this process.
     ReadOnlySettings,
+    /// Plugins of CNI attach sandboxes.
+    CniServes {
+        /// Name of the network.
+        network: String,
+        /// Its configuration.
+        file: PathBuf,
+    },
+    /// Plugins of CNI are to attach sandboxes, and there is no valid configuration.
+    CniMissing {
+        /// Which folder, and what is wrong.
+        reason: String,
+    },
+    /// A configuration of CNI is passed over.
+    CniFile {
+        /// Which.
+        file: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A plugin that a configuration of CNI names is not installed.
+    CniPlugin {
+        /// Name of the network.
+        network: String,
+        /// The program.
+        plugin: String,
+        /// Where it was looked for.
+        folders: Vec<PathBuf>,
+    },
 }
 
 /// How much a finding matters.
@@ -89,17 +120,28 @@ impl Finding {
             Self::NoIpv6 => "no-ipv6",
             Self::ForwardingOff { .. } => "forwarding-off",
             Self::ReadOnlySettings => "read-only-settings",
+            Self::CniServes { .. } => "cni-serves",
+            Self::CniMissing { .. } => "cni-missing",
+            Self::CniFile { .. } => "cni-file",
+            Self::CniPlugin { .. } => "cni-plugin",
         }
     }
 
     /// How much it matters.
     pub fn severity(&self) -> Severity {
         match self {
-            Self::NoNfTables { .. } | Self::SubnetOverlap { .. } | Self::ReadOnlySettings => {
-                Severity::Error
+            Self::NoNfTables { .. }
+            | Self::SubnetOverlap { .. }
+            | Self::ReadOnlySettings
+            | Self::CniMissing { .. }
+            | Self::CniPlugin { .. } => Severity::Error,
+            Self::ForwardDrop { .. } | Self::LegacyIptables | Self::CniFile { .. } => {
+                Severity::Warning
             }
-            Self::ForwardDrop { .. } | Self::LegacyIptables => Severity::Warning,
-            Self::BridgeFilter { .. } | Self::NoIpv6 | Self::ForwardingOff { .. } => Severity::Note,
+            Self::BridgeFilter { .. }
+            | Self::NoIpv6
+            | Self::ForwardingOff { .. }
+            | Self::CniServes { .. } => Severity::Note,
         }
     }
 
@@ -146,6 +188,35 @@ impl Finding {
                 "settings in /proc/sys/net can't be changed: run the agent in a context where \
                  /proc/sys is writable, or set forwarding yourself."
                     .to_owned()
+            }
+            Self::CniServes { network, file } => format!(
+                "sandboxes are attached by the CNI network {network:?} of {}",
+                file.display()
+            ),
+            Self::CniMissing { reason } => format!(
+                "{reason}. Sandboxes with a network of their own are refused until there is one; \
+                 set network.mode to \"builtin\" to use the built-in network."
+            ),
+            Self::CniFile { file, reason } => {
+                format!(
+                    "CNI configuration {} is passed over: {reason}",
+                    file.display()
+                )
+            }
+            Self::CniPlugin {
+                network,
+                plugin,
+                folders,
+            } => {
+                let folders: Vec<_> = folders
+                    .iter()
+                    .map(|folder| folder.display().to_string())
+                    .collect();
+                format!(
+                    "CNI plugin {plugin:?} of network {network:?} is in none of {}: install it, or \
+                     set network.cni.bin_dirs",
+                    folders.join(", ")
+                )
             }
         }
     }

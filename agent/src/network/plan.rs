@@ -3,12 +3,13 @@
 //! A plan holds all that attaching needs; its claims go into the commit of the intent, which
 //! settles races that planning could not see.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr};
+use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    cni,
     error::NetworkError,
     ipam::Pool,
     ports::{self, Families, PortMapping},
@@ -64,6 +65,9 @@ pub struct NetworkPlan {
     pub mtu: u32,
     /// Ports to publish; none has host port 0.
     pub ports: Vec<PortMapping>,
+    /// What the plugins of CNI do instead of us; all but mode and network is empty then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cni: Option<Arc<cni::Plan>>,
 }
 
 impl NetworkPlan {
@@ -79,7 +83,7 @@ impl NetworkPlan {
     }
 
     /// The plan of a sandbox without a network of ours.
-    fn bare(mode: Mode) -> Self {
+    pub(super) fn bare(mode: Mode) -> Self {
         Self {
             mode,
             network: String::new(),
@@ -89,7 +93,23 @@ impl NetworkPlan {
             mac: None,
             mtu: 0,
             ports: Vec::new(),
+            cni: None,
         }
+    }
+
+    /// The plan of a sandbox that plugins attach: addresses and ports are theirs to choose.
+    pub(super) fn plugins(plan: cni::Plan) -> Self {
+        Self {
+            network: plan.list.name.clone(),
+            cni: Some(Arc::new(plan)),
+            ..Self::bare(Mode::Pod)
+        }
+    }
+
+    /// What the commit of the intent has to keep, so that detaching needs nothing else.
+    pub fn record(&self, sandbox: &SandboxId) -> Option<cni::Cached> {
+        let plan = self.cni.as_ref()?;
+        Some(cni::Cached::planned(sandbox, plan))
     }
 }
 
@@ -215,6 +235,7 @@ pub(super) fn plan(
         mtu: host.mtu,
         ports: ports::admit(claims, &me, &wish.ports, families)?,
         addresses,
+        cni: None,
     })
 }
 

@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize, de::Error as _};
 
-use super::error::NetworkError;
+use super::{cni::CniConfig, error::NetworkError};
 use crate::{
     id::{Digest, InstanceId},
     store::Record,
@@ -47,6 +47,23 @@ pub struct NetworkChapterConfig {
     pub ipv6: Wished<Ipv6Net>,
     /// MTU of the sandboxes' interfaces in bytes; 0 means that of the host's default route.
     pub mtu: u32,
+    /// Who attaches sandboxes that name no network.
+    pub mode: Serving,
+    /// Plugins.
+    pub cni: CniConfig,
+}
+
+/// Who attaches sandboxes that name no network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Serving {
+    /// The plugins of CNI when a configuration is there, else the built-in network.
+    #[default]
+    Auto,
+    /// The built-in network.
+    BuiltIn,
+    /// The plugins of CNI; no network of ours is made.
+    Cni,
 }
 
 impl Default for NetworkChapterConfig {
@@ -57,6 +74,8 @@ impl Default for NetworkChapterConfig {
             ipv4: Wished::Auto,
             ipv6: Wished::Auto,
             mtu: 0,
+            mode: Serving::Auto,
+            cni: CniConfig::default(),
         }
     }
 }
@@ -154,7 +173,7 @@ impl NetworkChapterConfig {
         if self.mtu != 0 && !(1280..=65535).contains(&self.mtu) {
             return refuse("network.mtu", "must be 0 or 1280 to 65535");
         }
-        Ok(())
+        self.cni.validate()
     }
 
     /// The record that this configuration asks for.
@@ -258,6 +277,11 @@ mod tests {
         check("name = ''", Some("network.name"));
         check("name = 'a/b'", Some("network.name"));
         check("mtu = 500", Some("network.mtu"));
+        check("mode = 'cni'\n[cni]\ntimeout = '5s'", None);
+        check("[cni]\nconf_dir = 'net.d'", Some("network.cni.conf_dir"));
+        check("[cni]\nbin_dirs = []", Some("network.cni.bin_dirs"));
+        check("[cni]\nbin_dirs = ['/a:/b']", Some("network.cni.bin_dirs"));
+        check("[cni]\ntimeout = '10ms'", Some("network.cni.timeout"));
     }
 
     #[test]

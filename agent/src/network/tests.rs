@@ -909,36 +909,45 @@ fn start_keeps_its_choice_and_plans_from_claims() {
             .unwrap();
         runtime.block_on(async {
             let dir = tempfile::tempdir().unwrap();
-            let tables = crate::store::Tables::new().with::<Network>();
+            let tables = crate::store::Tables::new()
+                .with::<Network>()
+                .with::<cni::Cached>();
             let store = Store::open(&dir.path().join("store.db"), tables).unwrap();
             let instance = InstanceId::random();
-            let config = NetworkChapterConfig::default();
+            let config = NetworkChapterConfig {
+                mode: Serving::BuiltIn,
+                ..NetworkChapterConfig::default()
+            };
             let networks = Networks::new(instance.clone(), config.clone(), store.clone());
             let id = SandboxId::random();
             let wish = SandboxNetwork {
                 ports: vec![publish(None, 8080)],
                 ..SandboxNetwork::default()
             };
-            let early = networks.plan(&store.snapshot(), &id, &wish);
+            let pod = PodFacts::default();
+            let early = networks.plan(&store.snapshot(), &id, &wish, &pod);
             assert!(matches!(early, Err(NetworkError::NotStarted)));
             networks.start(Vec::new()).await.unwrap();
             networks.start(Vec::new()).await.unwrap();
-            let plan = networks.plan(&store.snapshot(), &id, &wish).unwrap();
+            let plan = networks.plan(&store.snapshot(), &id, &wish, &pod).unwrap();
             let mut changes = Changes::new();
             for key in plan.claims() {
                 changes = changes.claim(key, format!("sandbox/{id}"));
             }
             let at = store.commit(changes).await.unwrap();
             let sandbox = Space::new();
-            let attachment = networks.attach(&id, &plan, &sandbox.path).await.unwrap();
+            let attachment = networks
+                .attach(&id, &plan, &sandbox.path, None)
+                .await
+                .unwrap();
             assert_eq!(attachment.addresses, plan.addresses);
             assert_eq!(networks.inventory().await.unwrap().ports.len(), 2);
-            networks.detach(&id).await.unwrap();
+            networks.detach(&id, None).await.unwrap();
             drop(sandbox);
             networks.settle(&id).await.unwrap();
             assert_eq!(networks.inventory().await.unwrap().links, []);
 
-            let refused = networks.plan(&at, &SandboxId::random(), &wish);
+            let refused = networks.plan(&at, &SandboxId::random(), &wish, &pod);
             assert!(
                 matches!(&refused, Err(NetworkError::PortTaken { holder, .. })
                     if *holder == format!("sandbox/{id}")),

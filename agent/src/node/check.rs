@@ -235,7 +235,11 @@ fn cgroup_finding(finding: &CgroupFinding) -> Finding {
 
 /// The network chapter decides on a state: without a running agent's, on an empty one.
 async fn networks(config: &Config) -> Vec<Finding> {
-    let opened = Store::in_memory(Tables::new().with::<network::Network>());
+    let opened = Store::in_memory(
+        Tables::new()
+            .with::<network::Network>()
+            .with::<network::cni::Cached>(),
+    );
     let store = match opened {
         Ok(store) => store,
         Err(error) => {

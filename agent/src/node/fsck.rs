@@ -86,6 +86,7 @@ pub async fn run(agent: &Arc<Agent>, repair: bool) -> Vec<Difference> {
     cgroups(agent, &known, repair, &mut differences).await;
     sandbox_dirs(agent, &known, repair, &mut differences).await;
     links(agent, &known, repair, &mut differences).await;
+    attachments(agent, &known, repair, &mut differences).await;
     layers(agent, &known, repair, &mut differences).await;
     sandboxes(agent, &known, repair, &mut differences).await;
     differences
@@ -219,11 +220,52 @@ async fn links(agent: &Arc<Agent>, known: &Known<'_>, repair: bool, found: &mut 
         let subject = format!("{} {} of {}", port.protocol, port.host_port, port.sandbox);
         let mut difference = Difference::leftover("host port", subject, CRASHED, "withdraw it");
         if repair {
-            let withdrawn = agent.networks.detach(&port.sandbox).await;
+            let withdrawn = agent.networks.detach(&port.sandbox, None).await;
             difference.repaired = Some(withdrawn.map_err(|error| error.to_string()));
         }
         found.push(difference);
     }
+}
+
+/// What plugins of CNI made, both ways: for pods that are gone, and what of a pod they miss.
+async fn attachments(
+    agent: &Arc<Agent>,
+    known: &Known<'_>,
+    repair: bool,
+    found: &mut Vec<Difference>,
+) {
+    for sandbox in agent.networks.plugin_attachments() {
+        if known.sandbox(&sandbox) {
+            found.extend(changed(agent, &sandbox).await);
+            continue;
+        }
+        let cause = "a plugin could not undo its work; the log has its words";
+        let mut difference =
+            Difference::leftover("CNI attachment", &sandbox, cause, "run DEL again");
+        if repair {
+            let detached = agent.networks.detach(&sandbox, None).await;
+            difference.repaired = Some(detached.map_err(|error| error.to_string()));
+        }
+        found.push(difference);
+    }
+}
+
+/// What CHECK of a ready sandbox's plugins finds.
+async fn changed(agent: &Agent, id: &SandboxId) -> Option<Difference> {
+    let is_ready = || {
+        let at = agent.store.snapshot();
+        at.get::<Sandbox>(id.as_str())
+            .is_some_and(|sandbox| sandbox.is_ready())
+    };
+    if !is_ready() {
+        return None;
+    }
+    let error = agent.networks.check_attachment(id).await.err()?;
+    // Not one that was stopped meanwhile.
+    is_ready().then(|| {
+        let cause = "changed by hand or by another program; run the pod anew";
+        Difference::missing("CNI attachment", format!("{id}: {error}"), cause, "")
+    })
 }
 
 /// The network's inventory once links that are on their way out have gone: the kernel removes them

@@ -17,7 +17,10 @@ use crate::{
     handler::HandlerError,
     image::ImageError,
     lifecycle::{LifecycleError, spec::SpecError},
-    network::NetworkError,
+    network::{
+        NetworkError,
+        cni::{CniError, Verb},
+    },
     rootfs::{LayerError, RootfsError},
     store::StoreError,
 };
@@ -342,7 +345,85 @@ impl ToStatus for NetworkError {
             Self::Kernel { call, source, .. } | Self::File { call, source, .. } => {
                 system(call, source)
             }
+            Self::Cni(error) => error.verdict(),
             Self::Store(error) => error.verdict(),
+        }
+    }
+}
+
+impl ToStatus for CniError {
+    fn verdict(&self) -> Verdict {
+        let plugin = |code, plugin: &str, network: &str, verb: &Verb| {
+            Verdict::new(code, ErrorReason::NetworkPlugin)
+                .fact("plugin", plugin)
+                .fact("network", network)
+                .fact("command", verb)
+        };
+        match self {
+            Self::NoConf { folder, .. } => {
+                Verdict::new(Code::Unavailable, ErrorReason::NetworkNotReady)
+                    .fact("folder", folder.display())
+            }
+            Self::Conf { file, .. } => {
+                Verdict::new(Code::Unavailable, ErrorReason::NetworkNotReady)
+                    .fact("folder", file.display())
+            }
+            Self::Argument {
+                field,
+                value,
+                expected,
+            } => Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
+                .fact("field", format!("config.{field}"))
+                .fact("value", value)
+                .fact("expected", expected),
+            Self::PluginMissing {
+                plugin, network, ..
+            } => Verdict::new(Code::FailedPrecondition, ErrorReason::NetworkPlugin)
+                .fact("plugin", plugin)
+                .fact("network", network),
+            Self::Plugin {
+                plugin: name,
+                network,
+                verb,
+                code,
+                ..
+            } => {
+                // 11 and 50 are the specification's for "later".
+                let status = match code {
+                    11 | 50 => Code::Unavailable,
+                    _ => Code::Internal,
+                };
+                plugin(status, name, network, verb).fact("code", code)
+            }
+            Self::Run {
+                plugin: name,
+                network,
+                verb,
+                ..
+            }
+            | Self::Silent {
+                plugin: name,
+                network,
+                verb,
+                ..
+            }
+            | Self::Answer {
+                plugin: name,
+                network,
+                verb,
+                ..
+            } => plugin(Code::Internal, name, network, verb),
+            Self::Deadline {
+                plugin,
+                network,
+                verb,
+                after,
+            } => Verdict::new(Code::DeadlineExceeded, ErrorReason::Deadline)
+                .fact("stage", format!("CNI {verb} {plugin} of network {network}"))
+                .fact("stage_seconds", after.as_secs_f64()),
+            Self::Cancelled { verb, .. } => {
+                Verdict::new(Code::Aborted, ErrorReason::Preempted).fact("operation", verb)
+            }
         }
     }
 }

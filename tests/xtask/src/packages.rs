@@ -58,6 +58,11 @@ pub(crate) const TESTS: &[Package] = &[
     program("procps", "ps"),
     program("libcap2-bin", "capsh"),
     program("util-linux", "unshare"),
+    Package {
+        name: "containernetworking-plugins",
+        there: Probe::File("/usr/lib/cni/bridge"),
+    },
+    program("iptables", "iptables"),
     program("python3", "python3"),
     Package {
         name: "python3-venv",

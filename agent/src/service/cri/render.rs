@@ -6,6 +6,7 @@ use longshore_proto::cri::v1 as cri;
 
 use super::{parse, signal};
 use crate::{
+    agent::Agent,
     cgroup::{Pressure, PressureLine},
     image::Image,
     lifecycle::{
@@ -428,9 +429,75 @@ pub(super) fn sandbox_info(lifecycle: &Lifecycle, sandbox: &Sandbox) -> serde_js
         "cgroup": sandbox.cgroup,
         "directory": dir,
         "network": sandbox.attachment,
+        "cniResult": cni_result(sandbox),
         "state": sandbox.state,
         "runtimeSpec": { "linux": { "namespaces": [{ "type": "network", "path": netns }] } },
     })
+}
+
+/// What plugins answered, by interface, under the keys that readers of containerd's know.
+fn cni_result(sandbox: &Sandbox) -> serde_json::Value {
+    let Some(attachment) = &sandbox.attachment else {
+        return serde_json::Value::Null;
+    };
+    let Some(result) = &attachment.result else {
+        return serde_json::Value::Null;
+    };
+    let addresses: Vec<_> = attachment
+        .addresses
+        .iter()
+        .enumerate()
+        .map(|(index, net)| {
+            serde_json::json!({ "IP": net.addr(), "Gateway": attachment.gateways.get(index) })
+        })
+        .collect();
+    let mac = attachment.mac.map(|mac| mac.to_string());
+    serde_json::json!({
+        "Interfaces": { attachment.interface.as_str(): { "IPConfigs": addresses, "Mac": mac } },
+        "DNS": [result.get("dns")],
+        "Routes": result.get("routes"),
+    })
+}
+
+/// The folder of CNI and what it says, as readers of containerd's status know it; and how reading
+/// it went.
+pub(super) fn cni_status(agent: &Agent) -> (serde_json::Value, String) {
+    let config = &agent.config.network.cni;
+    let networks: Vec<_> = agent
+        .networks
+        .plugins()
+        .iter()
+        .map(|chosen| {
+            let plugins: Vec<_> = chosen
+                .list
+                .plugins
+                .iter()
+                .map(|plugin| {
+                    let source = serde_json::Value::Object(plugin.clone()).to_string();
+                    serde_json::json!({ "Network": plugin, "Source": source })
+                })
+                .collect();
+            serde_json::json!({
+                "Config": {
+                    "Name": chosen.list.name,
+                    "CNIVersion": chosen.list.version,
+                    "Plugins": plugins,
+                    "Source": chosen.source,
+                    "File": chosen.file,
+                },
+                "IFName": "eth0",
+            })
+        })
+        .collect();
+    let status = serde_json::json!({
+        "PluginDirs": config.bin_dirs,
+        "PluginConfDir": config.conf_dir,
+        "PluginMaxConfNum": 1,
+        "Prefix": "eth",
+        "Networks": networks,
+    });
+    let loaded = agent.networks.plugins_refused();
+    (status, loaded.unwrap_or_else(|| "OK".to_owned()))
 }
 
 /// Verbose facts of a container.

@@ -23,6 +23,8 @@ use crate::{
 };
 
 /// The protocol version that kubelet asks for and is answered with.
+/// What the kubelet reads of a node without a network.
+const NETWORK_NOT_READY: &str = "NetworkPluginNotReady";
 const KUBELET_API_VERSION: &str = "0.1.0";
 
 fn refused(error: impl ToStatus) -> Status {
@@ -106,7 +108,12 @@ impl Cri {
             "cgroupRoot": agent.cgroups.root(),
             "controllers": agent.cgroups.controllers(),
         });
-        HashMap::from([("config".to_owned(), config.to_string())])
+        let (networks, loaded) = render::cni_status(agent);
+        HashMap::from([
+            ("config".to_owned(), config.to_string()),
+            ("cniconfig".to_owned(), networks.to_string()),
+            ("lastCNILoadStatus".to_owned(), loaded),
+        ])
     }
 }
 
@@ -614,7 +621,8 @@ impl RuntimeService for Cri {
         &self,
         _: Request<cri::UpdateRuntimeConfigRequest>,
     ) -> Result<Response<cri::UpdateRuntimeConfigResponse>, Status> {
-        // The built-in network chooses its own subnet; a pod CIDR is the business of CNI plugins.
+        // The built-in network chooses its own subnet; whoever installs CNI's configuration puts a
+        // pod CIDR into it.
         Ok(Response::new(cri::UpdateRuntimeConfigResponse {}))
     }
 
@@ -622,8 +630,19 @@ impl RuntimeService for Cri {
         &self,
         request: Request<cri::StatusRequest>,
     ) -> Result<Response<cri::StatusResponse>, Status> {
-        let condition = |name: &str| cri::RuntimeCondition {
-            r#type: name.into(),
+        let ready = self.agent.networks.ready().await;
+        let network = cri::RuntimeCondition {
+            r#type: "NetworkReady".into(),
+            status: ready.is_ok(),
+            reason: ready
+                .as_ref()
+                .err()
+                .map_or("", |_| NETWORK_NOT_READY)
+                .into(),
+            message: ready.err().unwrap_or_default(),
+        };
+        let runtime = cri::RuntimeCondition {
+            r#type: "RuntimeReady".into(),
             status: true,
             ..Default::default()
         };
@@ -641,7 +660,7 @@ impl RuntimeService for Cri {
         };
         Ok(Response::new(cri::StatusResponse {
             status: Some(cri::RuntimeStatus {
-                conditions: vec![condition("RuntimeReady"), condition("NetworkReady")],
+                conditions: vec![runtime, network],
             }),
             info,
             runtime_handlers: vec![handler(""), handler(NATIVE_HANDLER)],

@@ -5,24 +5,53 @@ use tonic::{Request, Response, Status};
 
 use super::{Native, page::Page, refused, render};
 use crate::{
-    blocking, lifecycle::sandbox::Sandbox, network::Network, service::edge, store::Snapshot,
+    blocking,
+    lifecycle::sandbox::Sandbox,
+    network::{Network, NetworkError, cni::Chosen},
+    service::edge,
+    store::Snapshot,
 };
 
 impl Native {
     async fn render_network(&self, at: &Snapshot, network: &Network) -> pb::Network {
-        let leases = at
-            .all::<Sandbox>()
-            .filter(|sandbox| sandbox.attachment.is_some() && sandbox.plan.network == network.name)
-            .count();
         pb::Network {
             name: network.name.clone(),
             bridge: network.bridge.clone(),
             subnets: subnets(network),
             mtu_bytes: self.mtu(network).await,
             masquerade: true,
-            lease_count: u32::try_from(leases).unwrap_or(u32::MAX),
+            lease_count: leases(at, &network.name, false),
             created_at: None,
+            cni: None,
         }
+    }
+
+    /// All networks by name: ours, and the one that plugins make, which comes first under its name.
+    async fn networks(&self, at: &Snapshot) -> Vec<pb::Network> {
+        self.agent.networks.refresh().await;
+        let mut all = Vec::new();
+        all.extend(
+            self.agent
+                .networks
+                .plugins()
+                .map(|chosen| plugin_network(at, &chosen)),
+        );
+        for network in self.agent.networks.list(at) {
+            all.push(self.render_network(at, &network).await);
+        }
+        all.sort_by(|one, other| one.name.cmp(&other.name));
+        all.dedup_by(|later, first| later.name == first.name);
+        all
+    }
+
+    async fn network(&self, at: &Snapshot, name: &str) -> Result<pb::Network, NetworkError> {
+        let found = self.networks(at).await;
+        found
+            .into_iter()
+            .find(|network| network.name == name)
+            .ok_or_else(|| NetworkError::UnknownNetwork {
+                network: name.to_owned(),
+            })
     }
 
     /// As the kernel has it; the wished one while the bridge is not there.
@@ -32,6 +61,28 @@ impl Native {
         read.ok()
             .and_then(|text| text.trim().parse().ok())
             .unwrap_or(self.agent.config.network.mtu)
+    }
+}
+
+fn leases(at: &Snapshot, network: &str, by_plugins: bool) -> u32 {
+    let leases = at.all::<Sandbox>().filter(|sandbox| {
+        sandbox.attachment.is_some()
+            && sandbox.plan.network == network
+            && sandbox.plan.cni.is_some() == by_plugins
+    });
+    u32::try_from(leases.count()).unwrap_or(u32::MAX)
+}
+
+fn plugin_network(at: &Snapshot, chosen: &Chosen) -> pb::Network {
+    pb::Network {
+        name: chosen.list.name.clone(),
+        lease_count: leases(at, &chosen.list.name, true),
+        cni: Some(pb::CniNetwork {
+            file: chosen.file.to_string_lossy().into_owned(),
+            version: chosen.list.version.to_string(),
+            plugins: chosen.list.types().map(str::to_owned).collect(),
+        }),
+        ..pb::Network::default()
     }
 }
 
@@ -67,7 +118,7 @@ fn lease(sandbox: &Sandbox) -> Option<pb::Lease> {
             .map(|mac| mac.to_string())
             .unwrap_or_default(),
         host_interface: attachment.host_interface.clone(),
-        ports: sandbox.plan.ports.iter().map(render::port).collect(),
+        ports: render::published(sandbox),
     })
 }
 
@@ -80,12 +131,15 @@ impl NetworkService for Native {
         let mut name = request.into_inner().name;
         edge::text("name", &name, 63).map_err(refused)?;
         if name.is_empty() {
-            name.clone_from(&self.agent.config.network.name);
+            name = match self.agent.networks.plugins() {
+                Some(chosen) => chosen.list.name.clone(),
+                None => self.agent.config.network.name.clone(),
+            };
         }
         let at = self.agent.store.snapshot();
-        let network = self.agent.networks.get(&at, &name).map_err(refused)?;
+        let network = self.network(&at, &name).await.map_err(refused)?;
         Ok(Response::new(pb::GetNetworkResponse {
-            network: Some(self.render_network(&at, &network).await),
+            network: Some(network),
         }))
     }
 
@@ -97,13 +151,8 @@ impl NetworkService for Native {
         let page =
             Page::new("networks", request.page_size, &request.page_token).map_err(refused)?;
         let at = self.agent.store.snapshot();
-        let (found, next_page_token) = page.cut(self.agent.networks.list(&at), |network| {
-            network.name.clone()
-        });
-        let mut networks = Vec::new();
-        for network in found {
-            networks.push(self.render_network(&at, &network).await);
-        }
+        let all = self.networks(&at).await;
+        let (networks, next_page_token) = page.cut(all, |network| network.name.clone());
         Ok(Response::new(pb::ListNetworksResponse {
             networks,
             next_page_token,
@@ -119,10 +168,7 @@ impl NetworkService for Native {
         let at = self.agent.store.snapshot();
         edge::text("network", &request.network, 63).map_err(refused)?;
         if !request.network.is_empty() {
-            self.agent
-                .networks
-                .get(&at, &request.network)
-                .map_err(refused)?;
+            self.network(&at, &request.network).await.map_err(refused)?;
         }
         let sandboxes: Vec<_> = match request.sandbox_id.as_str() {
             "" => at.all::<Sandbox>().collect(),

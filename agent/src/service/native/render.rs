@@ -129,8 +129,18 @@ fn network_status(sandbox: &Sandbox) -> pb::SandboxNetworkStatus {
             .and_then(|a| a.mac)
             .map(|mac| mac.to_string())
             .unwrap_or_default(),
-        ports: sandbox.plan.ports.iter().map(port).collect(),
+        ports: published(sandbox),
     }
+}
+
+/// Host ports that lead into it, by us or by plugins.
+pub(super) fn published(sandbox: &Sandbox) -> Vec<pb::PortMapping> {
+    let ports = match sandbox.plan.cni {
+        Some(_) => &sandbox.config.network.ports,
+        None => &sandbox.plan.ports,
+    };
+    let ports = ports.iter().filter(|port| port.host_port != 0);
+    ports.map(port).collect()
 }
 
 /// A host port.

@@ -76,6 +76,7 @@ async fn list(app: &App) -> Result<ExitCode> {
         Column::wide("GATEWAYS"),
         Column::wide("MTU"),
         Column::wide("MASQUERADE"),
+        Column::wide("CNI PLUGINS"),
     ])
     .first(app.node_column());
     let now = Timestamp::now();
@@ -92,11 +93,22 @@ async fn list(app: &App) -> Result<ExitCode> {
             network.name.as_str(),
             joined(|subnet| &subnet.cidr),
             network.lease_count.to_string(),
-            network.bridge.as_str(),
+            match &network.cni {
+                Some(_) => "by CNI",
+                None => network.bridge.as_str(),
+            },
             human::since(network.created_at, now),
             joined(|subnet| &subnet.gateway),
             network.mtu_bytes.to_string(),
-            if network.masquerade { "yes" } else { "no" },
+            match (&network.cni, network.masquerade) {
+                (Some(_), _) => "",
+                (None, true) => "yes",
+                (None, false) => "no",
+            },
+            network
+                .cni
+                .as_ref()
+                .map_or_else(String::new, |cni| cni.plugins.join(", ")),
         ];
         app.name_row(&mut row, node);
         table.push(row);
