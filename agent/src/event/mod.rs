@@ -153,6 +153,23 @@ impl EventLog {
         Cursor { epoch, number }
     }
 
+    /// What is still kept of a sandbox and its containers, oldest first, at most `limit` of the newest.
+    /// It looks through the whole log: for people who ask, not for programs that poll.
+    pub fn about(&self, sandbox: &SandboxId, limit: usize) -> Vec<Event> {
+        let id = sandbox.as_str().as_bytes();
+        let mut found: Vec<Event> = self
+            .store
+            .snapshot()
+            .events_after((0, 0), usize::MAX)
+            .iter()
+            .filter(|row| row.body.windows(id.len()).any(|part| part == id))
+            .filter_map(|row| Event::decode(row).ok())
+            .filter(|event| event.what.sandbox_id.as_ref() == Some(sandbox))
+            .collect();
+        found.drain(..found.len().saturating_sub(limit));
+        found
+    }
+
     /// Follows the log from the place after `from`, or from now on without one.
     ///
     /// # Errors
@@ -253,6 +270,36 @@ impl Watch {
 mod tests {
     use super::*;
     use crate::store::Tables;
+
+    #[tokio::test]
+    async fn a_sandbox_is_told_of_from_its_beginning() {
+        let store = Store::in_memory(Tables::new()).expect("memory");
+        let (one, other) = (SandboxId::random(), SandboxId::random());
+        let event = |kind, id: &SandboxId| {
+            Changes::new().event(EventDraft::new(kind, Face::Cri).sandbox(id))
+        };
+        for (kind, id) in [
+            (EventKind::SandboxCreated, &one),
+            (EventKind::SandboxCreated, &other),
+            (EventKind::SandboxStarted, &one),
+            (EventKind::SandboxLost, &one),
+        ] {
+            store.commit(event(kind, id)).await.expect("room");
+        }
+        let log = EventLog::new(store);
+        let kinds = |limit| -> Vec<EventKind> {
+            let events = log.about(&one, limit);
+            events.into_iter().map(|event| event.what.kind).collect()
+        };
+        let all = [
+            EventKind::SandboxCreated,
+            EventKind::SandboxStarted,
+            EventKind::SandboxLost,
+        ];
+        assert_eq!(kinds(99), all);
+        assert_eq!(kinds(2), all[1..]);
+        assert!(log.about(&SandboxId::random(), 99).is_empty());
+    }
 
     fn draft(n: usize) -> EventDraft {
         EventDraft::new(EventKind::AgentStarted, Face::Native).attribute("n", n.to_string())

@@ -252,6 +252,9 @@ pub struct ContainerConfig {
     pub mounts: Vec<MountWish>,
     /// Of the host.
     pub devices: Vec<DeviceWish>,
+    /// Of the Container Device Interface, by qualified name.
+    #[serde(default)]
+    pub cdi_devices: Vec<String>,
     /// Limits.
     pub resources: Resources,
     /// What it may do.

@@ -100,13 +100,16 @@ impl Lifecycle {
         let (sandbox, config, id) = (sandbox.clone(), config.clone(), id.clone());
         let (image, layers) = (image.clone(), layers.to_vec());
         let volumes = volumes.clone();
+        let cdi_dirs = self.config.cdi_spec_dirs.clone();
         blocking::run("plan container", move || {
             let passwd = rootfs.read_file(&layers, "etc/passwd", USER_FILE_BYTES)?;
             let group = rootfs.read_file(&layers, "etc/group", USER_FILE_BYTES)?;
             // Before what may make directories of the host.
             let images = volumes.directories(&rootfs, &config)?;
+            let cdi =
+                spec::resolve_cdi(&config.cdi_devices, &cdi_dirs).map_err(spec::SpecError::from)?;
             let mut host = spec::gather(&config, &sandbox.config)?;
-            host.images = images;
+            (host.images, host.cdi) = (images, cdi);
             host.volumes = volumes.own(&rootfs, &id);
             let input = SpecInput {
                 sandbox_id: &sandbox.id,

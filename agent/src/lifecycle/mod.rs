@@ -39,6 +39,7 @@ pub mod stats;
 mod stop_container;
 mod stop_pod_sandbox;
 mod update_container;
+mod update_pod_sandbox_resources;
 mod volumes;
 
 use std::{
@@ -70,6 +71,8 @@ pub struct LifecycleChapterConfig {
     pub log_rotate_bytes: u64,
     /// Rotated logs that are kept.
     pub log_keep_files: u32,
+    /// Where files of the Container Device Interface are looked for; later ones go before.
+    pub cdi_spec_dirs: Vec<PathBuf>,
 }
 
 impl Default for LifecycleChapterConfig {
@@ -77,6 +80,7 @@ impl Default for LifecycleChapterConfig {
         Self {
             log_rotate_bytes: 10 << 20,
             log_keep_files: 4,
+            cdi_spec_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
         }
     }
 }

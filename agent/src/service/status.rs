@@ -16,7 +16,10 @@ use crate::{
     event::EventError,
     handler::HandlerError,
     image::ImageError,
-    lifecycle::{LifecycleError, spec::SpecError},
+    lifecycle::{
+        LifecycleError,
+        spec::{CdiError, SpecError},
+    },
     network::{
         NetworkError,
         cni::{CniError, Verb},
@@ -235,6 +238,7 @@ impl ToStatus for SpecError {
             Self::UnknownCapability { name } => {
                 invalid("config.linux.security_context.capabilities").fact("value", name)
             }
+            Self::Cdi(error) => error.verdict(),
             Self::SeccompMissing => Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
                 .fact("feature", "seccomp"),
             Self::SeccompProfile { profile, .. } => {
@@ -251,6 +255,25 @@ impl ToStatus for SpecError {
             }
             Self::PrivilegedInUnprivilegedSandbox => {
                 invalid("config.linux.security_context.privileged")
+            }
+        }
+    }
+}
+
+impl ToStatus for CdiError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::Unresolvable { name, .. }
+            | Self::Ambiguous { name, .. }
+            | Self::Edit { name, .. }
+            | Self::Node { name, .. } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::MountSource)
+                    .fact("device", name)
+            }
+            Self::Unsupported { name, feature } => {
+                Verdict::new(Code::Unimplemented, ErrorReason::NotImplemented)
+                    .fact("feature", feature)
+                    .fact("device", name)
             }
         }
     }

@@ -88,6 +88,9 @@ pub enum SpecError {
         #[source]
         source: io::Error,
     },
+    /// A device of the Container Device Interface can't be had.
+    #[error(transparent)]
+    Cdi(#[from] super::CdiError),
     /// The kernel has no seccomp.
     #[error("this kernel has no seccomp; only containers without a profile (unconfined) can run")]
     SeccompMissing,

@@ -17,6 +17,7 @@ use super::{
         sandbox::SandboxConfig,
     },
     SpecError,
+    cdi::CdiEdits,
     mountinfo::MountInfo,
 };
 
@@ -32,6 +33,8 @@ pub struct HostFacts {
     pub images: BTreeMap<PathBuf, Vec<PathBuf>>,
     /// Directories of the container's own that hold the volumes its image asks for, by target.
     pub volumes: BTreeMap<PathBuf, PathBuf>,
+    /// What the devices of the Container Device Interface ask for.
+    pub cdi: CdiEdits,
     /// Devices by the path that was asked for: one node, or those below a directory.
     pub devices: BTreeMap<PathBuf, Vec<DeviceNode>>,
     /// All device nodes of the host, for a privileged container.
@@ -180,6 +183,12 @@ const OWN_OF_EACH: [&str; 9] = [
 const DEVICE_DEPTH: usize = 16;
 /// Most nodes of one directory tree.
 const DEVICE_NODES: usize = 16_384;
+
+/// The device node at `path`, links followed.
+pub(super) fn device_node(path: &Path) -> io::Result<DeviceNode> {
+    node(Path::new(""), &fs::metadata(path)?)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "it is not a device"))
+}
 
 fn devices(path: &Path) -> Result<Vec<DeviceNode>, SpecError> {
     let failed = |source| SpecError::Device {

@@ -16,6 +16,7 @@
 //! Sources: OCI runtime specification; CRI api.proto.
 
 mod capabilities;
+mod cdi;
 mod devices;
 mod environment;
 mod error;
@@ -35,6 +36,7 @@ use oci_spec::runtime::{
 
 use self::security::check_privileged;
 pub use self::{
+    cdi::{CdiEdits, CdiError, cdi_devices, resolve as resolve_cdi},
     environment::env_bytes,
     error::SpecError,
     host::{DeviceNode, HostFacts, SourceFacts, gather},
@@ -129,6 +131,7 @@ pub fn build(input: &SpecInput<'_>) -> Result<Built, SpecError> {
         .set_process(Some(process))
         .set_linux(Some(linux))
         .set_annotations(None);
+    host.cdi.apply(&mut spec);
     Ok(Built {
         spec,
         user,

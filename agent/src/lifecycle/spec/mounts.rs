@@ -40,8 +40,13 @@ pub(super) fn mounts(input: &SpecInput<'_>) -> Result<Vec<Mount>, SpecError> {
         })
         .collect();
     all.extend(wished);
-    all.sort_by_key(|mount| mount.destination().components().count());
+    sort(&mut all);
     Ok(all)
+}
+
+/// So that no mount hides one below it; equals stay in order.
+pub(super) fn sort(mounts: &mut [Mount]) {
+    mounts.sort_by_key(|mount| mount.destination().components().count());
 }
 
 /// Where the image asks for volumes, sorted: nowhere where a mount is wished, nor where every

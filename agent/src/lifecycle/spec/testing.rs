@@ -106,6 +106,7 @@ pub(super) fn config() -> ContainerConfig {
         user: UserWish::default(),
         mounts: vec![],
         devices: vec![],
+        cdi_devices: vec![],
         resources: Resources::default(),
         security: Security::default(),
         rlimits: vec![],

@@ -143,7 +143,7 @@ fn moment(value: &[u8]) -> Option<Moment> {
     if !fraction.iter().all(u8::is_ascii_digit) {
         return None;
     }
-    let digit = |at| fraction.get(at).map_or(0, |byte| u32::from(byte - b'0'));
+    let digit = |at| fraction.get(at).map_or(0, |byte| u32::from(*byte - b'0'));
     let nanoseconds = (0..9).fold(0, |sum, at| sum * 10 + digit(at));
     Some(match (negative, nanoseconds) {
         (false, _) => Moment {

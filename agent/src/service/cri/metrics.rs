@@ -24,6 +24,8 @@ struct Reading<'a> {
     used: &'a ContainerUse,
     cgroup: &'a CgroupMetrics,
     processes: &'a Processes,
+    /// Of the file system of the writable layers.
+    disk: Option<&'a rustix::fs::StatVfs>,
 }
 
 /// What `/proc` tells of the processes of a container.
@@ -128,8 +130,10 @@ fn filesystem(value: u64) -> Vec<Sample> {
     vec![(vec!["longshore".to_owned()], value)]
 }
 
-fn disk(choose: fn(&rustix::fs::StatVfs) -> u64) -> Vec<Sample> {
-    rustix::fs::statvfs("/").map_or_else(|_| Vec::new(), |stat| filesystem(choose(&stat)))
+fn disk(reading: &Reading<'_>, choose: fn(&rustix::fs::StatVfs) -> u64) -> Vec<Sample> {
+    reading
+        .disk
+        .map_or_else(Vec::new, |stat| filesystem(choose(stat)))
 }
 
 fn pressure(
@@ -255,7 +259,7 @@ const CONTAINER_METRICS: &[ContainerMetric] = &[
         gauge(
             "container_fs_inodes_free",
             "Free inodes of the file system.",
-            |_| disk(|s| s.f_ffree),
+            |r| disk(r, |s| s.f_ffree),
         ),
         &["device"],
     ),
@@ -263,7 +267,7 @@ const CONTAINER_METRICS: &[ContainerMetric] = &[
         gauge(
             "container_fs_inodes_total",
             "Inodes of the file system.",
-            |_| disk(|s| s.f_files),
+            |r| disk(r, |s| s.f_files),
         ),
         &["device"],
     ),
@@ -271,7 +275,7 @@ const CONTAINER_METRICS: &[ContainerMetric] = &[
         gauge(
             "container_fs_limit_bytes",
             "Size of the file system.",
-            |_| disk(|s| s.f_blocks * s.f_frsize),
+            |r| disk(r, |s| s.f_blocks * s.f_frsize),
         ),
         &["device"],
     ),
@@ -544,14 +548,17 @@ impl Cri {
                 continue;
             };
             let (cgroups, path) = (self.agent.cgroups.clone(), used.container.cgroup.clone());
-            let processes = crate::blocking::run("read processes", move || {
-                processes(&cgroups.processes(&path).unwrap_or_default())
+            let data_dir = self.agent.config.data_dir.clone();
+            let (processes, disk) = crate::blocking::run("read processes", move || {
+                let processes = processes(&cgroups.processes(&path).unwrap_or_default());
+                (processes, rustix::fs::statvfs(&data_dir).ok())
             })
             .await;
             let reading = Reading {
                 used: &used,
                 cgroup: &cgroup,
                 processes: &processes,
+                disk: disk.as_ref(),
             };
             all.push(render(sandbox, &reading));
         }

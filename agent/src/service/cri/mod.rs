@@ -3,6 +3,7 @@
 mod events;
 mod filter;
 mod image;
+mod json;
 mod metrics;
 mod parse;
 mod render;

@@ -14,6 +14,7 @@ use crate::{
             Propagation, Resources, SeccompWish, Security, UserWish,
         },
         sandbox::{Dns, PidMode, SandboxConfig, SandboxKey},
+        spec,
     },
     network::{Mode, PortMapping, Protocol, SandboxNetwork},
     service::edge::{self, EdgeError},
@@ -36,6 +37,19 @@ pub(super) fn kept<M: Message + Default>(value: &serde_json::Value) -> M {
         .and_then(|text| BASE64_STANDARD.decode(text).ok())
         .and_then(|bytes| M::decode(bytes.as_slice()).ok())
         .unwrap_or_default()
+}
+
+/// A kept `PodSandboxConfig` with other resources; what is not given stays.
+pub(super) fn with_resources(
+    kept: &serde_json::Value,
+    overhead: Option<cri::LinuxContainerResources>,
+    resources: Option<cri::LinuxContainerResources>,
+) -> serde_json::Value {
+    let mut config: cri::PodSandboxConfig = self::kept(kept);
+    let linux = config.linux.get_or_insert_default();
+    linux.overhead = overhead.or(linux.overhead.take());
+    linux.resources = resources.or(linux.resources.take());
+    keep(&config)
 }
 
 /// `RunPodSandboxRequest`.
@@ -347,12 +361,6 @@ pub(super) fn container_config(request: cri::CreateContainerRequest) -> Parsed<C
     let image = config.image.clone().unwrap_or_default();
     edge::required("config.image.image", &image.image)?;
     edge::text("config.image.image", &image.image, 1024)?;
-    if !config.cdi_devices.is_empty() {
-        return Err(EdgeError::Unsupported {
-            feature: "config.CDI_devices",
-            missing: "CDI specifications are not read yet",
-        });
-    }
     command(&config)?;
     let linux = config.linux.clone().unwrap_or_default();
     let context = linux.security_context.clone().unwrap_or_default();
@@ -376,6 +384,7 @@ pub(super) fn container_config(request: cri::CreateContainerRequest) -> Parsed<C
         user: user(&context)?,
         mounts: mounts(&config.mounts)?,
         devices: devices(&config.devices)?,
+        cdi_devices: cdi_devices(&config)?,
         resources: linux
             .resources
             .as_ref()
@@ -667,6 +676,18 @@ fn devices(wished: &[cri::Device]) -> Parsed<Vec<DeviceWish>> {
             })
         })
         .collect()
+}
+
+/// CRI `CDI_devices`, and the annotations that stood for it before.
+fn cdi_devices(config: &cri::ContainerConfig) -> Parsed<Vec<String>> {
+    let field: Vec<String> = config
+        .cdi_devices
+        .iter()
+        .map(|one| one.name.clone())
+        .collect();
+    let annotations: BTreeMap<_, _> = config.annotations.iter().collect();
+    spec::cdi_devices(&field, annotations)
+        .map_err(|name| EdgeError::invalid("config.CDI_devices", name, "vendor.com/class=device"))
 }
 
 /// Limits; zero and empty mean none.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use longshore_proto::cri::v1 as cri;
 
-use super::{parse, signal};
+use super::{json::json, parse, signal};
 use crate::{
     agent::Agent,
     cgroup::{Pressure, PressureLine},
@@ -415,32 +415,78 @@ pub(super) fn info(object: &serde_json::Value) -> HashMap<String, String> {
     HashMap::from([("info".to_owned(), object.to_string())])
 }
 
-/// Verbose facts of a sandbox.
+/// What is being done with the holder of `subject`, and since when.
+fn operation(lifecycle: &Lifecycle, subject: &str) -> serde_json::Value {
+    let running = lifecycle.operations.list();
+    let Some(found) = running.iter().find(|one| one.subject.0 == subject) else {
+        return serde_json::Value::Null;
+    };
+    serde_json::json!({
+        "id": found.id,
+        "name": found.name,
+        "stage": found.stage.name,
+        "startedAt": found.started_at.unix_ns(),
+    })
+}
+
+/// Most events of a sandbox that are told.
+const TIMELINE: usize = 256;
+
+/// What happened in a sandbox and when, as far as the log still has it.
+fn timeline(lifecycle: &Lifecycle, sandbox: &Sandbox) -> Vec<serde_json::Value> {
+    let events = lifecycle.events.about(&sandbox.id, TIMELINE);
+    events
+        .into_iter()
+        .map(|event| {
+            let mut told =
+                serde_json::json!({ "at": event.at.unix_ns(), "event": event.what.kind });
+            if let Some(container) = &event.what.container_id {
+                told["containerID"] = serde_json::json!(container);
+            }
+            for (name, value) in event.what.attributes {
+                told[name] = value.into();
+            }
+            told
+        })
+        .collect()
+}
+
+/// Verbose facts of a sandbox; the names are those that tools know from the peers.
 pub(super) fn sandbox_info(lifecycle: &Lifecycle, sandbox: &Sandbox) -> serde_json::Value {
     let dir = lifecycle.sandbox_dir(&sandbox.id);
-    let netns = dir.join("ns/net");
+    let config: cri::PodSandboxConfig = parse::kept(&sandbox.config.request);
+    let mut namespaces = Vec::new();
+    if sandbox.config.network.mode != Mode::Host {
+        let path = dir.join("ns/net");
+        namespaces.push(serde_json::json!({ "type": "network", "path": path }));
+    }
     serde_json::json!({
         "pid": sandbox.shim_pid,
         "processStatus": if sandbox.is_ready() { "running" } else { "deleted" },
         "netNamespaceClosed": !sandbox.is_ready(),
+        "image": "",
+        "snapshotter": "",
+        "snapshotKey": sandbox.id,
         "runtimeHandler": sandbox.config.handler,
         "runtimeType": "longshore",
+        "runtimeOptions": {},
+        "config": json("PodSandboxConfig", &config),
+        "runtimeSpec": { "linux": { "namespaces": namespaces } },
+        "sandboxMetadata": { "ID": sandbox.id, "NetNSPath": dir.join("ns/net") },
         "sandboxID": sandbox.id,
         "cgroup": sandbox.cgroup,
         "directory": dir,
         "network": sandbox.attachment,
         "cniResult": cni_result(sandbox),
         "state": sandbox.state,
-        "runtimeSpec": { "linux": { "namespaces": [{ "type": "network", "path": netns }] } },
+        "operation": operation(lifecycle, &format!("sandbox/{}", sandbox.id)),
+        "timeline": timeline(lifecycle, sandbox),
     })
 }
 
-/// What plugins answered, by interface, under the keys that readers of containerd's know.
+/// What a pod has in the network, by interface, under the keys that readers of containerd's know.
 fn cni_result(sandbox: &Sandbox) -> serde_json::Value {
     let Some(attachment) = &sandbox.attachment else {
-        return serde_json::Value::Null;
-    };
-    let Some(result) = &attachment.result else {
         return serde_json::Value::Null;
     };
     let addresses: Vec<_> = attachment
@@ -452,10 +498,17 @@ fn cni_result(sandbox: &Sandbox) -> serde_json::Value {
         })
         .collect();
     let mac = attachment.mac.map(|mac| mac.to_string());
+    // The built-in network says neither.
+    let said = |name: &str| {
+        attachment
+            .result
+            .as_ref()
+            .and_then(|result| result.get(name))
+    };
     serde_json::json!({
         "Interfaces": { attachment.interface.as_str(): { "IPConfigs": addresses, "Mac": mac } },
-        "DNS": [result.get("dns")],
-        "Routes": result.get("routes"),
+        "DNS": [said("dns")],
+        "Routes": said("routes"),
     })
 }
 
@@ -500,17 +553,24 @@ pub(super) fn cni_status(agent: &Agent) -> (serde_json::Value, String) {
     (status, loaded.unwrap_or_else(|| "OK".to_owned()))
 }
 
-/// Verbose facts of a container.
-pub(super) fn container_info(container: &Container) -> serde_json::Value {
+/// Verbose facts of a container, likewise.
+pub(super) fn container_info(lifecycle: &Lifecycle, container: &Container) -> serde_json::Value {
+    let config: cri::ContainerConfig = parse::kept(&container.config.request);
+    let operation = operation(lifecycle, &format!("container/{}", container.id));
     serde_json::json!({
         "pid": container.pid().unwrap_or(0),
         "sandboxID": container.sandbox_id,
         "privileged": container.config.security.privileged,
+        "removing": operation["name"] == "remove_container",
         "runtimeType": "longshore",
+        "runtimeOptions": {},
         "snapshotter": "overlay",
         "snapshotKey": container.id,
-        "cgroup": container.cgroup,
-        "exit": container.exit(),
+        "config": json("ContainerConfig", &config),
         "runtimeSpec": container.spec,
+        "cgroup": container.cgroup,
+        "images": container.images().collect::<Vec<_>>(),
+        "exit": container.exit(),
+        "operation": operation,
     })
 }

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use longshore_proto::cri::v1::{self as cri, runtime_service_server::RuntimeService};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::{
     Cri, Streamed, chunks,
@@ -33,6 +33,20 @@ fn refused(error: impl ToStatus) -> Status {
 
 fn id(field: &str, value: &str) -> Result<(), Status> {
     edge::id(field, value).map_err(refused)
+}
+
+/// A command that does not exist. NotFound would say that the container does not, which clients
+/// act upon; the peers answer Unknown (CRI contract 1.4).
+fn refused_command(error: LifecycleError) -> Status {
+    let status = error.to_status();
+    if status.code() != Code::NotFound || !matches!(error.root(), LifecycleError::Handler(_)) {
+        return status;
+    }
+    Status::with_details(
+        Code::Unknown,
+        status.message(),
+        status.details().to_vec().into(),
+    )
 }
 
 fn unsupported<T>(feature: &'static str, missing: &'static str) -> Result<T, Status> {
@@ -126,6 +140,18 @@ fn running(container: &Container) -> Result<(), Status> {
         id: container.id.to_string(),
         state: render::container_state(container).as_str_name(),
         wanted: "CONTAINER_RUNNING",
+    }))
+}
+
+fn ready(sandbox: &Sandbox) -> Result<(), Status> {
+    if sandbox.is_ready() {
+        return Ok(());
+    }
+    Err(refused(LifecycleError::State {
+        kind: "sandbox",
+        id: sandbox.id.to_string(),
+        state: "SANDBOX_NOTREADY",
+        wanted: "SANDBOX_READY",
     }))
 }
 
@@ -308,7 +334,7 @@ impl RuntimeService for Cri {
             .lifecycle
             .start_container(Face::Cri, &request.container_id)
             .await
-            .map_err(refused)?;
+            .map_err(refused_command)?;
         Ok(Response::new(cri::StartContainerResponse {}))
     }
 
@@ -377,7 +403,7 @@ impl RuntimeService for Cri {
         let request = request.into_inner();
         let container = self.container(&request.container_id)?;
         let info = if request.verbose {
-            render::info(&render::container_info(&container))
+            render::info(&render::container_info(&self.agent.lifecycle, &container))
         } else {
             HashMap::new()
         };
@@ -435,7 +461,7 @@ impl RuntimeService for Cri {
                 (!timeout.is_zero()).then_some(timeout),
             )
             .await
-            .map_err(refused)?;
+            .map_err(refused_command)?;
         Ok(Response::new(cri::ExecSyncResponse {
             stdout: output.stdout,
             stderr: output.stderr,
@@ -502,14 +528,7 @@ impl RuntimeService for Cri {
     ) -> Result<Response<cri::PortForwardResponse>, Status> {
         let request = request.into_inner();
         let sandbox = self.sandbox(&request.pod_sandbox_id)?;
-        if !sandbox.is_ready() {
-            return Err(refused(LifecycleError::State {
-                kind: "sandbox",
-                id: sandbox.id.to_string(),
-                state: "SANDBOX_NOTREADY",
-                wanted: "SANDBOX_READY",
-            }));
-        }
+        ready(&sandbox)?;
         let ports = request
             .port
             .iter()
@@ -584,6 +603,7 @@ impl RuntimeService for Cri {
         request: Request<cri::PodSandboxStatsRequest>,
     ) -> Result<Response<cri::PodSandboxStatsResponse>, Status> {
         let sandbox = self.sandbox(&request.into_inner().pod_sandbox_id)?;
+        ready(&sandbox)?;
         let used = self
             .agent
             .lifecycle
@@ -757,8 +777,15 @@ impl RuntimeService for Cri {
                 parse::resources(limits, field).map_err(refused)?;
             }
         }
-        // The kubelet sets the pod's own cgroup; what it says here is only shown.
-        self.sandbox(&request.pod_sandbox_id)?;
+        id("pod_sandbox_id", &request.pod_sandbox_id)?;
+        let change = |kept: &serde_json::Value| {
+            parse::with_resources(kept, request.overhead.clone(), request.resources.clone())
+        };
+        self.agent
+            .lifecycle
+            .update_pod_sandbox_resources(Face::Cri, &request.pod_sandbox_id, change)
+            .await
+            .map_err(refused)?;
         Ok(Response::new(cri::UpdatePodSandboxResourcesResponse {}))
     }
 }

@@ -459,6 +459,7 @@ pub(super) fn container(config: pb::ContainerConfig) -> Parsed<ContainerConfig> 
             .enumerate()
             .map(|(index, mount)| self::mount(mount, &format!("config.mounts[{index}]")))
             .collect::<Parsed<_>>()?,
+        cdi_devices: Vec::new(),
         devices: config
             .devices
             .iter()
