@@ -13,6 +13,7 @@ use nix::{
     unistd::Pid,
 };
 
+/// CRI contract 3.7: what lives through a restart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pods_live_through_the_death_of_the_agent() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -143,6 +144,7 @@ async fn pods_live_through_the_death_of_the_agent() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 2.2: all or nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kill_in_the_middle_leaves_all_or_nothing() -> Result<()> {
     let mut bench = Bench::start().await?;

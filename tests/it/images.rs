@@ -53,6 +53,7 @@ async fn fresh(config: &str) -> Result<(Node, Registry)> {
     Ok((node, registry))
 }
 
+/// CRI contract 13.1, 13.2 and 13.5: names, and what removing does to them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_image_is_found_by_each_of_its_names() -> Result<()> {
     let (node, registry) = fresh("").await?;
@@ -88,6 +89,7 @@ async fn an_image_is_found_by_each_of_its_names() -> Result<()> {
     node.finish().await
 }
 
+/// CRI contract 13.2: a pull by digest.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pulled_by_digest_alone_it_has_no_tag() -> Result<()> {
     let (node, registry) = fresh("").await?;
@@ -103,6 +105,7 @@ async fn pulled_by_digest_alone_it_has_no_tag() -> Result<()> {
     node.finish().await
 }
 
+/// CRI contract 13.2: an index.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_an_index_the_image_for_this_platform_is_taken() -> Result<()> {
     let (node, registry) = fresh("").await?;
@@ -178,6 +181,7 @@ async fn every_packing_unpacks_to_the_same_files() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 13.4: credentials.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn credentials_open_registries_that_ask_for_them() -> Result<()> {
     let (node, _) = fresh("").await?;
@@ -749,6 +753,7 @@ fn expect_canary(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// CRI contract 13.3 and 13.4: absent images.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_not_there_is_said_to_be_not_there() -> Result<()> {
     let (node, registry) = fresh("").await?;
@@ -770,6 +775,7 @@ async fn what_is_not_there_is_said_to_be_not_there() -> Result<()> {
     node.finish().await
 }
 
+/// CRI contract 13.2 and 11.4: users of images; the file system.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_users_of_images_and_the_filesystem_are_reported() -> Result<()> {
     let (node, registry) = fresh("").await?;
@@ -814,6 +820,7 @@ async fn the_users_of_images_and_the_filesystem_are_reported() -> Result<()> {
     node.finish().await
 }
 
+/// CRI contract 13.5: an image goes while its container runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_running_container_keeps_its_image() -> Result<()> {
     let mut bench = Bench::start().await?;

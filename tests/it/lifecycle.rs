@@ -19,6 +19,7 @@ async fn sleeper(bench: &mut Bench, name: &str) -> Result<(Pod, String)> {
     Ok((pod, id))
 }
 
+/// CRI contract 3.1, 3.2, 3.4, 3.5 and 2.1: states, their times, and what removing leaves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_container_goes_through_its_states() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -102,6 +103,7 @@ async fn a_container_goes_through_its_states() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 3.5: codes and reasons of exits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn exits_have_exact_codes_and_reasons() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -130,6 +132,7 @@ async fn exits_have_exact_codes_and_reasons() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 3.2: a start that fails is an exit of code 128 with its reason.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_start_says_why() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -179,6 +182,7 @@ async fn what_cannot_start_says_why() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 3.1: the table of command and args.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn command_and_args_follow_the_table() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -224,6 +228,7 @@ async fn command_and_args_follow_the_table() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 8.1: output and exit code of a command.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn exec_sync_tells_output_and_code() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -316,6 +321,7 @@ async fn an_exec_whose_caller_leaves_ends() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 8.1: a command that runs too long.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_exec_timeout_ends_everything_it_started() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -344,6 +350,7 @@ async fn an_exec_timeout_ends_everything_it_started() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 8.1: a command runs as the container does.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_exec_is_confined_like_the_first_process() -> Result<()> {
     const SHOW: &str = "grep -E '^(Cap|Seccomp:|NoNewPrivs|Groups|Uid|Gid)' /proc/self/status; \
@@ -426,6 +433,7 @@ async fn an_exec_is_confined_like_the_first_process() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 4.3: capabilities.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn capabilities_are_added_and_dropped() -> Result<()> {
     const DEFAULT: u64 = 0x0000_0000_a804_25fb;
@@ -466,6 +474,7 @@ async fn capabilities_are_added_and_dropped() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 4.6: system calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_default_seccomp_profile_filters() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -513,6 +522,7 @@ async fn the_default_seccomp_profile_filters() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 4.1 and 4.2: users and groups.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn users_and_groups_follow_the_image_and_the_request() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -590,6 +600,7 @@ async fn users_and_groups_follow_the_image_and_the_request() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 4.5 and 4.10: masked, read-only and a read-only root.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_root_can_be_read_only_and_paths_masked() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -617,6 +628,7 @@ async fn the_root_can_be_read_only_and_paths_masked() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 5.2: order, links and missing ends of mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn mounts_land_where_they_should() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -674,6 +686,7 @@ async fn mounts_land_where_they_should() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 5.2: propagation.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn mount_propagation_goes_the_way_it_is_told() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -719,6 +732,7 @@ async fn mount_propagation_goes_the_way_it_is_told() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 5.5: devices.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn devices_appear_only_when_asked_for() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -752,6 +766,7 @@ async fn devices_appear_only_when_asked_for() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 6: process ids and IPC.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pid_and_ipc_namespaces_are_shared_as_asked() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -830,6 +845,7 @@ async fn pid_and_ipc_namespaces_are_shared_as_asked() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 6: the process ids of a target.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_container_can_join_the_pids_of_another() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -859,6 +875,7 @@ async fn a_container_can_join_the_pids_of_another() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 2.3: kernel parameters and the host name.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sysctls_and_the_hostname_are_the_pods_own() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -929,6 +946,7 @@ async fn pid_of(bench: &mut Bench, id: &str) -> Result<u64> {
     info["pid"].as_u64().context("pid")
 }
 
+/// CRI contract 3.6 and 7: limits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_reach_the_kernel_and_can_change() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -1005,6 +1023,7 @@ async fn limits_reach_the_kernel_and_can_change() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 3.5: a kill for memory is named.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn want_of_memory_is_named() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -1024,6 +1043,7 @@ async fn want_of_memory_is_named() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 3.3: the stop signal, the wait, the kill.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_is_gentle_first() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -1088,6 +1108,7 @@ async fn a_stop_is_gentle_first() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 3.3: a caller that leaves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancelled_stop_does_not_kill() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -1119,6 +1140,7 @@ async fn a_cancelled_stop_does_not_kill() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 8.4 and 8.5: lines of the log, and its rotation.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn logs_are_cut_joined_and_rotated_exactly() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -1205,6 +1227,7 @@ async fn a_terminal_is_a_terminal() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 4.4: privileged.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_privileged_container_may_do_all() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -1230,6 +1253,7 @@ async fn a_privileged_container_may_do_all() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 2.3 and 3.1: names.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn names_are_unique_and_free_again() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -1273,6 +1297,7 @@ async fn names_are_unique_and_free_again() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 1.7 and 11.2: filters, of lists and of streams.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lists_show_what_their_filters_ask_for() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -1374,6 +1399,7 @@ async fn lists_show_what_their_filters_ask_for() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 11.3: statistics.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stats_tell_what_is_used() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -1444,6 +1470,7 @@ async fn stats_tell_what_is_used() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 11.1: events.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_come_in_order_with_the_state_of_now() -> Result<()> {
     use cri::ContainerEventType::{
@@ -1487,6 +1514,7 @@ async fn events_come_in_order_with_the_state_of_now() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 10.1: conditions.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_node_says_that_it_is_ready() -> Result<()> {
     let mut bench = Bench::start().await?;
@@ -1538,6 +1566,7 @@ async fn the_node_says_that_it_is_ready() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 2.9: the supervisor of a pod dies.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_shim_loses_its_pod_alone() -> Result<()> {
     let mut bench = Bench::start().await?;

@@ -449,6 +449,7 @@ async fn an_interactive_exec_has_a_terminal_that_resizes() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 8.3: attach, by the same engine.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn attach_talks_to_the_first_process() -> Result<()> {
     use api::{attach_request::Frame as Ask, attach_response::Frame as Answer};
