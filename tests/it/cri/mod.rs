@@ -7,6 +7,7 @@
 mod calls;
 mod containers;
 mod devices;
+mod endings;
 mod sandboxes;
 mod telling;
 mod volumes;
