@@ -265,10 +265,7 @@ impl Agent {
             );
         }
         let cgroups = Arc::clone(&self.cgroups);
-        let removed = blocking::run("remove cgroup", move || {
-            cgroups.remove(&cgroups.root().clone())
-        })
-        .await;
+        let removed = blocking::run("remove cgroup", move || cgroups.leave()).await;
         if let Err(error) = removed {
             warn!(
                 error = &error as &dyn std::error::Error,

@@ -13,6 +13,7 @@ mod kubelet;
 mod lifecycle;
 mod native;
 mod network;
+mod systemd;
 mod tidy;
 mod tree;
 mod two_agents;

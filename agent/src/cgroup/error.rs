@@ -16,6 +16,28 @@ pub enum CgroupError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// The systemd driver on a host without systemd.
+    #[error(
+        "cgroup.driver = \"systemd\" needs systemd as process 1, which this host has not \
+         (no /run/systemd/system); \"cgroupfs\" works on any host"
+    )]
+    NoSystemd,
+    /// systemd refused to start a pod's scope or to stop our slice, or is not to be reached.
+    #[error("systemd refuses {unit}")]
+    Systemd {
+        /// The unit.
+        unit: String,
+        /// What the bus says.
+        source: Box<zbus::Error>,
+    },
+    /// systemd took the order for a pod's scope and did not carry it out.
+    #[error("systemd has not placed the supervisor in {unit} after {waited_ms} ms")]
+    NoScope {
+        /// The scope.
+        unit: String,
+        /// How long it was waited for.
+        waited_ms: u64,
+    },
     /// The cgroup is not there, or not any more.
     #[error("cgroup {path} does not exist")]
     Absent {

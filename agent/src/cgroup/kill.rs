@@ -17,7 +17,7 @@ use rustix::{
     process::{Pid, Signal, kill_process},
 };
 
-use super::{CgroupError, CgroupPath, Cgroups, file, v1};
+use super::{CgroupDriver, CgroupError, CgroupPath, Cgroups, file, v1};
 
 /// After this long a process is stuck in the kernel and somebody has to look.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -57,6 +57,9 @@ impl Cgroups {
         let since = Instant::now();
         for dir in self.hierarchies.dirs(path) {
             remove_tree(&dir, since)?;
+        }
+        if self.driver == CgroupDriver::Systemd {
+            self.drop_scope(path);
         }
         Ok(())
     }

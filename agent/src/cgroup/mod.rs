@@ -32,6 +32,7 @@ mod hierarchy;
 mod kill;
 mod oom;
 mod stats;
+mod systemd;
 #[cfg(test)]
 mod tests;
 mod v1;
@@ -62,10 +63,25 @@ use hierarchy::Hierarchies;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CgroupChapterConfig {
+    /// Who makes the cgroups of pods. CRI's `cgroup_parent` is a path for the one and a slice for
+    /// the other; kubelet asks which (`RuntimeConfig`).
+    pub driver: CgroupDriver,
     /// Cgroup below which `longshore-<instance>` is made, relative to the root of each hierarchy.
     /// Unset: the unit's subtree if systemd delegated one and placed the agent in a leaf of it
-    /// (`Delegate=yes`, `DelegateSubgroup=`), else the root.
+    /// (`Delegate=yes`, `DelegateSubgroup=`), else the root. With the systemd driver the slice of
+    /// the pods; unset: `longshore-<instance>.slice`.
     pub parent: Option<String>,
+}
+
+/// Who makes the cgroups of pods.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CgroupDriver {
+    /// The agent.
+    #[default]
+    Cgroupfs,
+    /// systemd makes a scope of each pod, and hands it over.
+    Systemd,
 }
 
 /// A cgroup, by its path relative to the root of each hierarchy; never empty, no `..`.
@@ -88,6 +104,7 @@ pub enum CgroupFinding {
 #[derive(Debug)]
 pub struct Cgroups {
     hierarchies: Hierarchies,
+    driver: CgroupDriver,
     root: CgroupPath,
     swap_accounting: bool,
     /// Controllers to enable on version 2.
@@ -105,6 +122,9 @@ impl Cgroups {
     pub fn new(instance: &InstanceId, config: &CgroupChapterConfig) -> Result<Self, CgroupError> {
         let hierarchies = Hierarchies::detect()?;
         let root = match &config.parent {
+            parent if config.driver == CgroupDriver::Systemd => {
+                systemd::root(instance, parent.as_deref())?
+            }
             Some(parent) => CgroupPath::below_parent(parent, &format!("longshore-{instance}"))?,
             None => {
                 match delegated_parent(&hierarchies, &file::read(Path::new("/proc/self/cgroup"))?) {
@@ -117,11 +137,15 @@ impl Cgroups {
         };
         let mut cgroups = Self {
             hierarchies,
+            driver: config.driver,
             root,
             swap_accounting: false,
             wanted: CONTROLLERS,
         };
-        cgroups.make(&cgroups.root)?;
+        match cgroups.driver {
+            CgroupDriver::Cgroupfs => cgroups.make(&cgroups.root)?,
+            CgroupDriver::Systemd => systemd::start_slice(cgroups.root.name())?,
+        }
         cgroups.swap_accounting = cgroups.find_swap_accounting();
         Ok(cgroups)
     }
@@ -129,6 +153,11 @@ impl Cgroups {
     /// Which version carries the controllers.
     pub fn version(&self) -> CgroupVersion {
         self.hierarchies.version()
+    }
+
+    /// Who makes the cgroups of pods.
+    pub fn driver(&self) -> CgroupDriver {
+        self.driver
     }
 
     /// The cgroup that holds pods without a `cgroup_parent`.
@@ -154,8 +183,7 @@ impl Cgroups {
                 .collect(),
             CgroupVersion::V2 => {
                 let available = self
-                    .hierarchies
-                    .unified_dir(&self.root)
+                    .sample()
                     .and_then(|dir| file::read(&dir.join("cgroup.controllers")).ok())
                     .unwrap_or_default();
                 let available: Vec<_> = available.split_whitespace().collect();
@@ -189,15 +217,38 @@ impl Cgroups {
     /// Path of a pod's cgroup, below CRI's `cgroup_parent` if there is one.
     ///
     /// # Errors
-    /// `BadPath` if the parent has a component `..` or is no plain path.
+    /// `BadPath` if the parent has a component `..` or is no plain path; with the systemd driver
+    /// if it is no slice.
     pub fn pod(
         &self,
         parent: Option<&str>,
         sandbox: &SandboxId,
     ) -> Result<CgroupPath, CgroupError> {
-        match parent {
-            None | Some("") => Ok(CgroupPath(format!("{}/{sandbox}", self.root.0))),
-            Some(parent) => CgroupPath::below_parent(parent, sandbox.as_str()),
+        let parent = parent.filter(|parent| !parent.is_empty());
+        match (self.driver, parent) {
+            (CgroupDriver::Systemd, Some(parent)) => {
+                systemd::pod(&systemd::slice(parent)?, sandbox)
+            }
+            (CgroupDriver::Systemd, None) => systemd::pod(&self.root, sandbox),
+            (CgroupDriver::Cgroupfs, Some(parent)) => {
+                CgroupPath::below_parent(parent, sandbox.as_str())
+            }
+            (CgroupDriver::Cgroupfs, None) => Ok(CgroupPath(format!("{}/{sandbox}", self.root.0))),
+        }
+    }
+
+    /// Makes the cgroup of a pod, a path of [`Self::pod`], whose supervisor runs. The one driver
+    /// makes it by [`Self::create`] before; the other needs a process to begin with.
+    ///
+    /// # Errors
+    /// `Systemd` and `NoScope` if systemd does not do it.
+    pub fn adopt(&self, pod: &CgroupPath, supervisor: i32) -> Result<(), CgroupError> {
+        match self.driver {
+            CgroupDriver::Cgroupfs => Ok(()),
+            CgroupDriver::Systemd => {
+                self.start_scope(pod, supervisor)?;
+                self.make(pod)
+            }
         }
     }
 
@@ -317,17 +368,33 @@ impl Cgroups {
     pub fn inventory(&self) -> Result<Vec<CgroupPath>, CgroupError> {
         let mut found = BTreeSet::new();
         for root in self.hierarchies.dirs(&self.root) {
-            for pod in kill::children(&root)? {
-                let Some(pod_path) = self.root.child_named(&pod) else {
-                    continue;
-                };
-                for container in kill::children(&root.join(&pod))? {
-                    found.extend(pod_path.child_named(&container));
+            let pods = match self.driver {
+                CgroupDriver::Cgroupfs => kill::children(&root)?
+                    .iter()
+                    .filter_map(|pod| self.root.child_named(pod))
+                    .collect(),
+                CgroupDriver::Systemd => self.scopes(&root)?,
+            };
+            for pod in pods {
+                let below = &pod.as_str()[self.root.as_str().len() + 1..];
+                for container in kill::children(&root.join(below))? {
+                    found.extend(pod.child_named(&container));
                 }
-                found.insert(pod_path);
+                found.insert(pod);
             }
         }
         Ok(found.into_iter().collect())
+    }
+
+    /// Removes the cgroup that holds the pods, for an agent that will not come back.
+    ///
+    /// # Errors
+    /// `StillBusy` if processes there can't be ended; `Systemd` if it does not stop the slice.
+    pub fn leave(&self) -> Result<(), CgroupError> {
+        match self.driver {
+            CgroupDriver::Cgroupfs => self.remove(&self.root),
+            CgroupDriver::Systemd => systemd::stop(self.root.name()),
+        }
     }
 
     fn v1_dir(&self, controller: &str, path: &CgroupPath) -> Option<PathBuf> {
@@ -352,7 +419,10 @@ impl Cgroups {
         };
         let mut dir = mount.clone();
         for name in path.names() {
-            if self.version() == CgroupVersion::V2 {
+            // What a slice has enabled is systemd's decision, and for its scopes it is everything.
+            let foreign = self.driver == CgroupDriver::Systemd
+                && (name.ends_with(".slice") || name.ends_with(".scope"));
+            if self.version() == CgroupVersion::V2 && !foreign {
                 v2::enable_controllers(&dir, self.wanted)?;
             }
             dir.push(name);
@@ -402,9 +472,20 @@ impl Cgroups {
                 .v1_dir("memory", &self.root)
                 .is_some_and(|dir| dir.join("memory.memsw.limit_in_bytes").exists()),
             CgroupVersion::V2 => self
-                .hierarchies
-                .unified_dir(&self.root)
+                .sample()
                 .is_some_and(|dir| dir.join("memory.swap.max").exists()),
+        }
+    }
+
+    /// A version 2 cgroup that has what ours have.
+    fn sample(&self) -> Option<PathBuf> {
+        match self.driver {
+            CgroupDriver::Cgroupfs => self.hierarchies.unified_dir(&self.root),
+            // A slice has only what units below it need; in this one that is everything.
+            CgroupDriver::Systemd => {
+                let mount = self.hierarchies.unified.as_ref()?;
+                Some(mount.join("system.slice"))
+            }
         }
     }
 }
@@ -418,6 +499,17 @@ impl CgroupPath {
     /// The text, without a leading slash.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The cgroup above; none for one below the root of the hierarchy.
+    fn parent(&self) -> Option<Self> {
+        let (above, _) = self.0.rsplit_once('/')?;
+        Some(Self(above.to_owned()))
+    }
+
+    /// The last component.
+    fn name(&self) -> &str {
+        self.0.rsplit('/').next().unwrap_or(&self.0)
     }
 
     fn below_parent(parent: &str, name: &str) -> Result<Self, CgroupError> {

@@ -66,6 +66,7 @@ fn unified_only(test: &str, wanted: &'static [&'static str]) -> Option<Ours> {
         return None;
     };
     let cgroups = Cgroups {
+        driver: CgroupDriver::Cgroupfs,
         root: CgroupPath(format!("longshore-{}", InstanceId::random())),
         swap_accounting: false,
         wanted,

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     blocking,
-    cgroup::CgroupPath,
+    cgroup::{CgroupDriver, CgroupPath},
     clock::Time,
     event::{EventDraft, EventKind},
     handler::Handler as _,
@@ -227,8 +227,10 @@ impl Operation for RunPodSandbox {
     ) -> Result<Option<Fact>, LifecycleError> {
         match step {
             Step::Cgroup => {
-                let (cgroups, path) = (Arc::clone(&on.cgroups), self.planned().cgroup.clone());
-                blocking::run("create cgroup", move || cgroups.create(&path, None)).await?;
+                if on.cgroups.driver() == CgroupDriver::Cgroupfs {
+                    let (cgroups, path) = (Arc::clone(&on.cgroups), self.planned().cgroup.clone());
+                    blocking::run("create cgroup", move || cgroups.create(&path, None)).await?;
+                }
                 Ok(None)
             }
             Step::Namespaces => self.create_files(on).await.map(|()| None),
@@ -251,6 +253,8 @@ impl Operation for RunPodSandbox {
                     .handler
                     .start_pod(&self.id, &on.sandbox_dir(&self.id))
                     .await?;
+                let (cgroups, path) = (Arc::clone(&on.cgroups), self.planned().cgroup.clone());
+                blocking::run("adopt supervisor", move || cgroups.adopt(&path, pid)).await?;
                 Ok(Some(Fact::Shim(pid)))
             }
         }

@@ -199,7 +199,7 @@ fn cgroups(config: &Config) -> Vec<Finding> {
         let remedy = "install longshore-shim beside longshored, or set handler.shim";
         findings.push(Finding::new(Severity::Error, "shim", chain(&error), remedy));
     }
-    if let Err(error) = cgroups.remove(cgroups.root()) {
+    if let Err(error) = cgroups.leave() {
         findings.push(Finding::new(
             Severity::Warning,
             "cgroup",

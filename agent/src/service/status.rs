@@ -456,6 +456,8 @@ impl ToStatus for CgroupError {
         match self {
             Self::NoHierarchy => Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
                 .fact("feature", "cgroups"),
+            Self::NoSystemd => Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
+                .fact("feature", "systemd as process 1"),
             Self::BadPath { path, .. } => {
                 Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
                     .fact("field", "config.linux.cgroup_parent")
@@ -480,6 +482,10 @@ impl ToStatus for CgroupError {
                     .fact("value", value)
             }
             Self::Call { call, source, .. } => system(call, source),
+            Self::Systemd { unit, .. } | Self::NoScope { unit, .. } => {
+                Verdict::new(Code::Unavailable, ErrorReason::System)
+                    .fact("step", format!("start {unit}"))
+            }
             Self::Absent { .. } | Self::StillBusy { .. } | Self::Malformed { .. } => {
                 Verdict::new(Code::Internal, ErrorReason::System).fact("step", "cgroup")
             }

@@ -11,6 +11,7 @@ use super::{
     parse, render,
 };
 use crate::{
+    cgroup::CgroupDriver,
     id::Face,
     lifecycle::{
         LifecycleError, NATIVE_HANDLER, container::Container, sandbox::Sandbox, stats::ContainerUse,
@@ -756,10 +757,13 @@ impl RuntimeService for Cri {
         &self,
         _: Request<cri::RuntimeConfigRequest>,
     ) -> Result<Response<cri::RuntimeConfigResponse>, Status> {
-        // On both versions: paths are made, no unit is asked for.
+        let driver = match self.agent.cgroups.driver() {
+            CgroupDriver::Cgroupfs => cri::CgroupDriver::Cgroupfs,
+            CgroupDriver::Systemd => cri::CgroupDriver::Systemd,
+        };
         Ok(Response::new(cri::RuntimeConfigResponse {
             linux: Some(cri::LinuxRuntimeConfiguration {
-                cgroup_driver: cri::CgroupDriver::Cgroupfs.into(),
+                cgroup_driver: driver.into(),
             }),
         }))
     }
