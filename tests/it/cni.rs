@@ -194,24 +194,18 @@ fn debian(test: &str, rules: bool) -> Result<bool> {
     }
     if rules {
         let probe = Machine::start()?;
-        let masquerade = [
-            "-t",
-            "nat",
-            "-A",
-            "POSTROUTING",
-            "-m",
-            "comment",
-            "--comment",
-            "probe",
-            "-j",
-            "MASQUERADE",
-        ];
-        if let Err(error) = probe.output("iptables", &masquerade) {
-            skip(
-                test,
-                &format!("iptables can't be used by plugins: {error:#}"),
-            );
-            return Ok(false);
+        let masquerade = "-t nat -A POSTROUTING -m comment --comment probe -j MASQUERADE";
+        for command in [
+            &format!("iptables {masquerade}"),
+            &format!("ip6tables {masquerade}"),
+            "ip link add probe type ifb",
+            "tc qdisc add dev probe root tbf rate 1mbit burst 10kb latency 25ms",
+        ] {
+            if let Err(error) = probe.output("sh", &["-c", command]) {
+                let why = format!("the kernel lacks what plugins need: {error:#}");
+                skip(test, &why);
+                return Ok(false);
+            }
         }
     }
     Ok(true)
@@ -364,6 +358,80 @@ async fn debians_chain_of_plugins_serves_pods_and_leaves_nothing() -> Result<()>
     bench.remove(&pod).await?;
     ensure!(folders.leases("testnet")?.is_empty());
     bench.node.expect_clean()?;
+    bench.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_in_the_middle_of_plugins_leaves_all_or_nothing() -> Result<()> {
+    if !debian(
+        "a_kill_in_the_middle_of_plugins_leaves_all_or_nothing",
+        true,
+    )? {
+        return Ok(());
+    }
+    let folders = Folders::new()?;
+    let plugins = json!([
+        { "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true,
+          "ipam": folders.pool(&["10.66.0.0/24"]) },
+        { "type": "portmap", "capabilities": { "portMappings": true } },
+        { "type": "firewall" },
+    ]);
+    let mut conf = list("0.4.0", plugins);
+    conf["disableCheck"] = json!(true);
+    folders.write("10-test.conflist", &conf)?;
+    let mut bench = Bench::start_configured(&folders.config("cni", "")).await?;
+    let mut config = pod("middle");
+    config.log_directory = bench.node.log_dir().to_string_lossy().into_owned();
+    config.port_mappings = vec![cri::PortMapping {
+        container_port: 8080,
+        host_port: 18080,
+        ..Default::default()
+    }];
+    let first = bench.run(config.clone()).await?;
+    bench.remove(&first).await?;
+    bench.node.mark_clean()?;
+    // Delays spread over the time that ADD and DEL take, so that each plugin is hit some day.
+    for round in 0..10_u64 {
+        let mut runtime = bench.runtime.clone();
+        let config = config.clone();
+        let work = tokio::spawn(async move {
+            let request = cri::RunPodSandboxRequest {
+                config: Some(config),
+                ..Default::default()
+            };
+            let pod_sandbox_id = runtime
+                .run_pod_sandbox(request)
+                .await?
+                .into_inner()
+                .pod_sandbox_id;
+            let request = cri::StopPodSandboxRequest { pod_sandbox_id };
+            runtime.stop_pod_sandbox(request).await
+        });
+        tokio::time::sleep(Duration::from_millis(10 + 40 * round)).await;
+        bench.crash().await?;
+        let _cut_off = work.await?;
+        bench
+            .node
+            .fsck_clean()
+            .await
+            .with_context(|| format!("round {round}"))?;
+        let pods = bench
+            .runtime
+            .list_pod_sandbox(cri::ListPodSandboxRequest::default())
+            .await?;
+        for item in pods.into_inner().items {
+            let pod = Pod {
+                id: item.id,
+                config: cri::PodSandboxConfig::default(),
+            };
+            bench.remove(&pod).await?;
+        }
+        bench
+            .node
+            .expect_clean()
+            .with_context(|| format!("round {round}"))?;
+        ensure!(folders.leases("testnet")?.is_empty(), "round {round}");
+    }
     bench.finish().await
 }
 
@@ -777,7 +845,7 @@ async fn a_plugin_that_hangs_holds_its_own_pod_and_is_killed_in_time() -> Result
         "10-test.conflist",
         &list("1.0.0", json!([{ "type": "ours" }])),
     )?;
-    let mut bench = Bench::start_configured(&folders.config("cni", "timeout = \"3s\"")).await?;
+    let mut bench = Bench::start_configured(&folders.config("cni", "timeout = \"10s\"")).await?;
     // What it started goes with it, also what left its process group.
     let hang = r#"case "$CNI_ARGS" in *=hangs*) touch hanging; setsid sleep 1001 & sleep 1002;; esac
 echo '{"ips":[{"address":"10.9.0.6/24"}]}'"#;
@@ -814,7 +882,7 @@ echo '{"ips":[{"address":"10.9.0.6/24"}]}'"#;
     let status = result.expect_err("killed");
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
     assert!(
-        status.message().contains("\"ours\"") && took < Duration::from_secs(30),
+        status.message().contains("\"ours\"") && took < Duration::from_secs(100),
         "{status:?} after {took:?}"
     );
     assert_eq!(folders.processes()?, Vec::<String>::new());

@@ -466,6 +466,10 @@ impl Networks {
     /// # Errors
     /// `Kernel` if something can't be removed.
     pub async fn remove_all(&self) -> Result<(), NetworkError> {
+        // Its record comes before anything of it.
+        if self.0.store.snapshot().count::<Network>() == 0 {
+            return Ok(());
+        }
         let inner = Arc::clone(&self.0);
         blocking::run("remove networks", move || {
             bridge::remove(&inner.instance, &inner.nft)

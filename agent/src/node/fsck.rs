@@ -239,6 +239,10 @@ async fn attachments(
             found.extend(changed(agent, &sandbox).await);
             continue;
         }
+        // Made and gone again while we looked.
+        if !agent.networks.plugin_attachments().contains(&sandbox) {
+            continue;
+        }
         let cause = "a plugin could not undo its work; the log has its words";
         let mut difference =
             Difference::leftover("CNI attachment", &sandbox, cause, "run DEL again");

@@ -51,6 +51,8 @@ use crate::{
 const STATUS_LIMIT: Duration = Duration::from_secs(5);
 /// How long DEL of a plugin may take while the agent starts.
 const START_LIMIT: Duration = Duration::from_secs(10);
+/// How long plugins of an agent that died have to end by themselves.
+const STRAY_GRACE: Duration = Duration::from_secs(5);
 /// How long such an answer is believed.
 const STATUS_AGE: Duration = Duration::from_secs(5);
 
@@ -191,8 +193,9 @@ pub(super) struct Cni {
     config: CniConfig,
     store: Store,
     found: Mutex<Found>,
-    /// One at a time for each sandbox, as the specification wants it.
-    busy: Mutex<HashMap<SandboxId, Arc<AsyncMutex<()>>>>,
+    /// One at a time for each sandbox, as the specification wants it; true once this agent has run
+    /// plugins for it.
+    busy: Mutex<HashMap<SandboxId, Arc<AsyncMutex<bool>>>>,
     health: AsyncMutex<Option<Health>>,
     /// Nothing is served before what an agent before us left is undone.
     starting: AtomicBool,
@@ -296,7 +299,7 @@ impl Cni {
         context: Option<&Context>,
     ) -> Result<Attachment, NetworkError> {
         let turn = self.turn(sandbox);
-        let _turn = turn.lock().await;
+        let mut ran = turn.lock().await;
         // Before the first: of a list that is not all there nothing is run.
         if let Some(program) = self.missing_programs(&plan.list).first() {
             return Err(self.plugin_missing(program, &plan.list).into());
@@ -304,6 +307,7 @@ impl Cni {
         let mut cached = Cached::planned(sandbox, plan);
         cached.progress = Progress::Adding;
         self.commit(&cached).await?;
+        *ran = true;
         let mut last = None;
         for index in 0..plan.list.plugins.len() {
             let answer = self.add_one(&cached, index, context).await?;
@@ -355,13 +359,18 @@ impl Cni {
         context: Option<&Context>,
     ) -> Result<(), NetworkError> {
         let turn = self.turn(sandbox);
-        let _turn = turn.lock().await;
+        let mut ran = turn.lock().await;
         let Some(cached) = self.cached(sandbox) else {
             self.forget_turn(sandbox);
             return Ok(());
         };
         if cached.progress != Progress::Planned {
-            self.end_strays(&cached).await?;
+            let grace = match *ran {
+                true => Duration::ZERO,
+                false => STRAY_GRACE,
+            };
+            self.end_strays(&cached, grace).await?;
+            *ran = true;
             self.del_all(&cached, context).await?;
         }
         self.store
@@ -373,11 +382,16 @@ impl Cni {
 
     /// A plugin that an agent before this one, or an earlier try, has started must not work on
     /// while it is undone. One that has ended well left none.
-    async fn end_strays(&self, cached: &Cached) -> Result<(), NetworkError> {
+    ///
+    /// Those of an agent before this one get a moment to end by themselves: cut off in the middle
+    /// of a DEL, common plugins leave rules that no later DEL finds.
+    async fn end_strays(&self, cached: &Cached, grace: Duration) -> Result<(), NetworkError> {
         if cached.progress != Progress::Attached {
             let sandbox = cached.sandbox.clone();
-            let ended =
-                blocking::run("end CNI plugins", move || plugin::end_strays(&sandbox)).await;
+            let ended = blocking::run("end CNI plugins", move || {
+                plugin::end_strays(&sandbox, grace)
+            })
+            .await;
             return ended.map_err(|source| NetworkError::kernel("kill", "CNI plugins", source));
         }
         self.commit(&Cached {
@@ -561,7 +575,7 @@ impl Cni {
         }
     }
 
-    fn turn(&self, sandbox: &SandboxId) -> Arc<AsyncMutex<()>> {
+    fn turn(&self, sandbox: &SandboxId) -> Arc<AsyncMutex<bool>> {
         let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(busy.entry(sandbox.clone()).or_default())
     }

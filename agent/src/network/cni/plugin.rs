@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -292,24 +292,25 @@ async fn reap(child: &mut tokio::process::Child) {
     let _ = timeout(GONE_WITHIN, child.wait()).await;
 }
 
-/// Kills every process that was started for this sandbox by a plugin, and waits until they are gone.
+/// Waits for `grace` until every process that a plugin started for this sandbox has ended, then
+/// kills what is left, and waits until it is gone.
 ///
 /// # Errors
 /// `TimedOut` if one can't be killed.
-pub(super) fn end_strays(sandbox: &SandboxId) -> io::Result<()> {
+pub(super) fn end_strays(sandbox: &SandboxId, grace: Duration) -> io::Result<()> {
     let mark = format!("CNI_CONTAINERID={sandbox}");
-    let tries = GONE_WITHIN.as_millis() / STRAY_PAUSE.as_millis();
-    for _ in 0..tries {
-        let mut found = false;
-        for pid in pids()? {
-            if is_marked(pid, &mark) {
-                found = true;
-                tracing::warn!(pid, sandbox_id = %sandbox, "a plugin of a dead agent, killed");
+    let began = Instant::now();
+    while began.elapsed() < grace + GONE_WITHIN {
+        let mut left = pids()?;
+        left.retain(|pid| is_marked(*pid, &mark));
+        if left.is_empty() {
+            return Ok(());
+        }
+        if began.elapsed() >= grace {
+            for pid in left {
+                tracing::warn!(pid, sandbox_id = %sandbox, "outlived its plugin's time, killed");
                 kill_marked(pid, &mark);
             }
-        }
-        if !found {
-            return Ok(());
         }
         thread::sleep(STRAY_PAUSE);
     }
@@ -346,8 +347,6 @@ fn kill_marked(pid: i32, mark: &str) {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
 
     struct Folder(tempfile::TempDir);
