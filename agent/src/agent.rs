@@ -33,7 +33,7 @@ use crate::{
     lifecycle::{Lifecycle, LifecycleError, Parts, container::Container, sandbox::Sandbox},
     network::{Network, NetworkError, Networks, cni},
     operation::{Intent, Operations},
-    rootfs::{Layer, Rootfs, RootfsError},
+    rootfs::{Layer, Rootfs, RootfsError, can_map_layers},
     service::{
         self,
         streaming::{Streaming, StreamingError},
@@ -140,7 +140,7 @@ impl Agent {
     /// The first part that can't be built; what was recovered until then stays recovered.
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let began = clock::boot_ns();
-        let locks = vec![lock(&config.data_dir)?, lock(&config.run_dir)?];
+        let locks = vec![lock(&config.data_dir).await?, lock(&config.run_dir).await?];
         let instance = instance(&config.data_dir)?;
         make_logs_dir(&config.data_dir)?;
         let tables = Tables::new()
@@ -164,6 +164,11 @@ impl Agent {
         )?;
         let networks = Networks::new(instance.clone(), config.network.clone(), store.clone());
         let handler = Arc::new(NativeHandler::new(&config.handler, Arc::clone(&cgroups))?);
+        let layers_dir = config.data_dir.join("layers");
+        let id_maps = blocking::run("probe id-mapped mounts", move || {
+            can_map_layers(&layers_dir)
+        })
+        .await;
         let operations = Operations::new(store.clone());
         let lifecycle = Arc::new(Lifecycle::new(Parts {
             instance: instance.clone(),
@@ -175,6 +180,7 @@ impl Agent {
             networks: networks.clone(),
             cgroups: Arc::clone(&cgroups),
             handler: Arc::clone(&handler),
+            id_maps,
             run_dir: config.run_dir.clone(),
             data_dir: config.data_dir.clone(),
         }));
@@ -275,8 +281,13 @@ impl Agent {
     }
 }
 
+/// How often, and how long apart, a lock is tried: a child that a killed agent was just making may
+/// have it for a moment longer.
+const LOCK_TRIES: u32 = 40;
+const LOCK_PAUSE: Duration = Duration::from_millis(25);
+
 /// Makes a directory if need be, and holds it against other agents.
-fn lock(dir: &Path) -> Result<File, StartError> {
+async fn lock(dir: &Path) -> Result<File, StartError> {
     let file = |action, path: &Path| {
         let path = path.to_owned();
         move |source| StartError::File {
@@ -288,11 +299,14 @@ fn lock(dir: &Path) -> Result<File, StartError> {
     fs::create_dir_all(dir).map_err(file("create directory", dir))?;
     let path = dir.join("lock");
     let lock = File::create(&path).map_err(file("open", &path))?;
-    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(lock),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(StartError::InUse { path: dir.into() }),
-        Err(error) => Err(file("lock", &path)(error.into())),
+    for _ in 0..LOCK_TRIES {
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(lock),
+            Err(rustix::io::Errno::WOULDBLOCK) => tokio::time::sleep(LOCK_PAUSE).await,
+            Err(error) => return Err(file("lock", &path)(error.into())),
+        }
     }
+    Err(StartError::InUse { path: dir.into() })
 }
 
 /// Logs of containers lie here; nobody else need see them.

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use longshore_proto::cri::v1::{self as cri, ContainerState, PodSandboxState};
 use longshore_tests::{
     machine::fetch_page,
-    pods::{Bench, container, pod, read_log, script, wait_for},
+    pods::{Bench, container, options, pod, read_log, script, user_namespace, wait_for},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -150,7 +150,7 @@ async fn a_kill_in_the_middle_leaves_all_or_nothing() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     // Delays spread over the milliseconds that these calls take, so that each step is hit some day.
-    for round in 0..12_u64 {
+    for round in 0..16_u64 {
         let mut runtime = bench.runtime.clone();
         let mut config = pod("middle");
         config.log_directory = bench.node.log_dir().to_string_lossy().into_owned();
@@ -159,6 +159,8 @@ async fn a_kill_in_the_middle_leaves_all_or_nothing() -> Result<()> {
             host_port: 18080,
             ..Default::default()
         }];
+        // Every other pod has a user namespace, which takes other steps.
+        options(&mut config).userns_options = (round % 2 == 1).then(user_namespace);
         let toolbox = toolbox.clone();
         let work = tokio::spawn(async move {
             let request = cri::RunPodSandboxRequest {

@@ -17,3 +17,4 @@ mod systemd;
 mod tidy;
 mod tree;
 mod two_agents;
+mod user_namespaces;

@@ -75,6 +75,29 @@ pub fn options(config: &mut cri::PodSandboxConfig) -> &mut cri::NamespaceOption 
         .get_or_insert_default()
 }
 
+/// Id on the host of the first user of [`user_namespace`].
+pub const MAPPED_UID: u32 = 200_000;
+/// Id on the host of its first group.
+pub const MAPPED_GID: u32 = 300_000;
+
+/// Ids from 0 on, as many as Kubernetes gives a pod, from `host_id` on.
+pub fn id_map(host_id: u32) -> Vec<cri::IdMapping> {
+    vec![cri::IdMapping {
+        host_id,
+        container_id: 0,
+        length: 65_536,
+    }]
+}
+
+/// A user namespace of a pod's own.
+pub fn user_namespace() -> cri::UserNamespace {
+    cri::UserNamespace {
+        mode: cri::NamespaceMode::Pod.into(),
+        uids: id_map(MAPPED_UID),
+        gids: id_map(MAPPED_GID),
+    }
+}
+
 /// The security context of a container, made if need be.
 pub fn security(config: &mut cri::ContainerConfig) -> &mut cri::LinuxContainerSecurityContext {
     config

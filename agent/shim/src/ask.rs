@@ -144,7 +144,7 @@ impl Shim {
             None | Some(NamespaceFrom::New(_)) => Ok(None),
             Some(NamespaceFrom::Pod(_)) => {
                 if self.pod_init.is_none() {
-                    self.pod_init = Some(PodInit::spawn(&self.dir, &plan.namespaces)?);
+                    self.pod_init = Some(PodInit::spawn(&self.dir, plan)?);
                 }
                 let init = self.pod_init.as_ref().expect("made above");
                 init.pid_ns.try_clone().map(Some).map_err(failed)

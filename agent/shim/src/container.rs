@@ -23,6 +23,7 @@ use crate::report;
 use crate::stdio::Stdio;
 use crate::wire::{
     CgroupPlan, ContainerPlan, ContainerReport, ExitStatus, Failure, NamespaceFrom, NamespaceKind,
+    UserNamespace,
 };
 
 /// Who waits for an answer.
@@ -57,6 +58,8 @@ pub(crate) struct Container {
     /// Its first process is first in the namespace too: with it, all others end.
     pub(crate) owns_pid_ns: bool,
     pub(crate) cgroup: CgroupPlan,
+    /// Its pod's; an exec needs to know.
+    pub(crate) user_namespace: Option<UserNamespace>,
     pub(crate) report: Option<OwnedFd>,
     pub(crate) stdio: Stdio,
     pub(crate) takes_input: bool,
@@ -92,14 +95,29 @@ impl Container {
     pub(crate) fn make(poll: &Poll, making: Making<'_>) -> Result<Self, Failure> {
         let plan = making.plan;
         let flags = clone_flags(plan)?;
-        let owns_pid_ns = flags & namespace_bits(libc::CLONE_NEWPID) != 0;
-        let cgroup_dir = open_cgroup(&plan.cgroup)?;
+        let owns_pid_ns = flags & libc::CLONE_NEWPID != 0;
+        // A user namespace is entered first, and if another process goes on there, the cgroup is
+        // for that one.
+        let in_user_ns = plan.user_namespace.is_some();
+        let flags = if in_user_ns { 0 } else { flags };
+        let cgroup_dir = if in_user_ns && owns_pid_ns {
+            None
+        } else {
+            open_cgroup(&plan.cgroup)?
+        };
         let pipes = Pipes::new(plan).map_err(|error| step(&error, "pipe"))?;
         let (report, childs_report) =
             report::channel().map_err(|error| step(&error, "socketpair"))?;
         let pid_ns = making.pid_ns.as_ref().map(AsFd::as_fd);
         // SAFETY: the shim has one thread, and `run_first` does not return.
-        let cloned = unsafe { fork_in(pid_ns, &making.home.pid_ns, flags, cgroup_dir.as_ref()) };
+        let cloned = unsafe {
+            fork_in(
+                pid_ns,
+                &making.home.pid_ns,
+                namespace_bits(flags),
+                cgroup_dir.as_ref(),
+            )
+        };
         let (pid, pidfd) = match cloned.map_err(|error| step(&error, "clone"))? {
             Cloned::Child => init::run_first(
                 plan,
@@ -124,6 +142,7 @@ impl Container {
             pid_ns: making.pid_ns,
             owns_pid_ns,
             cgroup: plan.cgroup.clone(),
+            user_namespace: plan.user_namespace.clone(),
             report: None,
             stdio: Stdio::new(making.serial, log, plan.stdin_once),
             takes_input: plan.stdin,
@@ -142,12 +161,20 @@ impl Container {
     fn connect(&mut self, poll: &Poll, report: OwnedFd, pipes: Pipes) -> io::Result<()> {
         poll.watch(&report, Token::ContainerReport(self.serial), Interest::Read)?;
         self.report = Some(report);
-        if self.owns_pid_ns {
+        if self.owns_pid_ns && self.user_namespace.is_none() {
             self.pid_ns = Some(open_pid_ns(self.pid)?);
         }
         if let Some((stdout, stderr)) = pipes.outputs {
             self.stdio.set_pipes(poll, pipes.input, stdout, stderr)?;
         }
+        Ok(())
+    }
+
+    /// Goes on with the process that has taken the first one's place in a user namespace.
+    pub(crate) fn succeed(&mut self, pid: i32, pidfd: OwnedFd) -> io::Result<()> {
+        self.pid = pid;
+        self.pidfd = Some(pidfd);
+        self.pid_ns = Some(open_pid_ns(pid)?);
         Ok(())
     }
 
@@ -210,7 +237,8 @@ fn step(error: &io::Error, name: &str) -> Failure {
     }
 }
 
-fn clone_flags(plan: &ContainerPlan) -> Result<u64, Failure> {
+/// `CLONE_*` bits of the namespaces that are made for a container, but the cgroup one.
+pub(crate) fn clone_flags(plan: &ContainerPlan) -> Result<libc::c_int, Failure> {
     let mut flags = 0;
     for namespace in &plan.namespaces {
         let new = matches!(namespace.from, Some(NamespaceFrom::New(_)));
@@ -235,7 +263,7 @@ fn clone_flags(plan: &ContainerPlan) -> Result<u64, Failure> {
             errno: libc::EINVAL,
         });
     }
-    Ok(namespace_bits(flags))
+    Ok(flags)
 }
 
 /// Opens the version 2 cgroup to be born into.
@@ -329,7 +357,7 @@ mod tests {
         ];
         for (namespaces, expected) in cases {
             let got = clone_flags(&plan(namespaces)).ok();
-            assert_eq!(got, expected.map(namespace_bits), "{namespaces:?}");
+            assert_eq!(got, expected, "{namespaces:?}");
         }
     }
 }

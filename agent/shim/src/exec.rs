@@ -8,7 +8,7 @@ use longshore_sys::pidfd;
 use crate::cgroup;
 use crate::container::{Asker, Container, Home, open_cgroup};
 use crate::exit::boot_ns;
-use crate::init::{self, ChildStdio};
+use crate::init::{self, ChildStdio, Target};
 use crate::pod::fork_in;
 use crate::poll::{Interest, Poll, Token};
 use crate::report;
@@ -47,7 +47,10 @@ impl Exec {
             step: name.into(),
             errno: error.raw_os_error().unwrap_or(libc::EINVAL),
         };
-        let target = container.running()?;
+        let target = Target {
+            process: container.running()?,
+            user_namespace: container.user_namespace.as_ref(),
+        };
         let cgroup_dir = open_cgroup(&ask.cgroup)?;
         let (report, childs_report) =
             report::channel().map_err(|error| failed("socketpair", error))?;

@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::init::reaper;
 use crate::report::{self, Report};
-use crate::wire::{Failure, Namespace};
+use crate::wire::{ContainerPlan, Failure};
 
 /// The first process of the pod's shared pid namespace.
 #[derive(Debug)]
@@ -22,29 +22,36 @@ pub(crate) struct PodInit {
 
 impl PodInit {
     /// Makes it, and returns once it has settled.
-    pub(crate) fn spawn(dir: &Path, join: &[Namespace]) -> Result<Self, Failure> {
+    pub(crate) fn spawn(dir: &Path, plan: &ContainerPlan) -> Result<Self, Failure> {
         let failed = |error: io::Error| Failure {
             step: "pod's first process".into(),
             errno: error.raw_os_error().unwrap_or(0),
         };
         let (ours, childs) = report::channel().map_err(failed)?;
-        let flags = namespace_bits(libc::CLONE_NEWPID | libc::CLONE_NEWNS);
+        let flags = match plan.user_namespace {
+            Some(_) => 0,
+            None => namespace_bits(reaper::OWN),
+        };
         // SAFETY: the shim has one thread, and `reaper::run` does not return.
-        let (pid, pidfd) = match unsafe { clone::fork(flags, None) }.map_err(failed)? {
-            Cloned::Child => reaper::run(dir, join, &childs),
+        let (mut pid, mut pidfd) = match unsafe { clone::fork(flags, None) }.map_err(failed)? {
+            Cloned::Child => reaper::run(dir, plan, &childs),
             Cloned::Parent { pid, pidfd } => (pid, pidfd),
         };
         drop(childs);
         fd::set_nonblocking(&ours, false).map_err(failed)?;
-        match report::read(&ours) {
-            Some(Report::Ready(_)) => {}
-            Some(Report::Failed(failure)) => {
-                let _ = pidfd::wait(&pidfd, true);
-                return Err(failure);
-            }
-            Some(Report::Closed) | None => {
-                let _ = pidfd::wait(&pidfd, true);
-                return Err(failed(io::Error::other("it died")));
+        loop {
+            match report::read(&ours) {
+                Some(Report::Ready(_)) => break,
+                // The first ends by itself, and is reaped like any other child.
+                Some(Report::Born(successor, its_pidfd)) => (pid, pidfd) = (successor, its_pidfd),
+                Some(Report::Failed(failure)) => {
+                    let _ = pidfd::wait(&pidfd, true);
+                    return Err(failure);
+                }
+                Some(Report::Closed) | None => {
+                    let _ = pidfd::wait(&pidfd, true);
+                    return Err(failed(io::Error::other("it died")));
+                }
             }
         }
         let pid_ns = open_pid_ns(pid).map_err(failed)?;

@@ -5,6 +5,7 @@
 //!
 //! ```text
 //!  child                         shim
+//!   | -- Born(pid, pidfd) ----->  |   with a user namespace: another goes on, the child ends
 //!   | -- Failed(step, errno) -->  |   at any time; the child is gone then
 //!   | -- Ready (+ pty) -------->  |
 //!   | <------------------ start   |   first processes of containers only
@@ -25,6 +26,8 @@ const MAX_RECORD_BYTES: usize = 4096 + 256;
 /// News from a child.
 #[derive(Debug)]
 pub(crate) enum Report {
+    /// This process, a child of the shim too, has taken the child's place.
+    Born(i32, OwnedFd),
     /// All is built; a terminal's controlling side comes along.
     Ready(Option<OwnedFd>),
     /// A step did not work.
@@ -51,6 +54,13 @@ pub(crate) fn ready(channel: impl AsFd, terminal: Option<BorrowedFd<'_>>) -> io:
     fd::send_with_fds(channel, b"R", &fds).map(drop)
 }
 
+/// Tells who goes on in this process's place.
+pub(crate) fn born(channel: impl AsFd, pid: i32, process: BorrowedFd<'_>) -> io::Result<()> {
+    let mut record = vec![b'B'];
+    record.extend_from_slice(&pid.to_ne_bytes());
+    fd::send_with_fds(channel, &record, &[process]).map(drop)
+}
+
 /// Tells which step did not work. That nobody listens any more changes nothing for a child that
 /// is about to end.
 pub(crate) fn failed(channel: impl AsFd, failure: &Failure) {
@@ -73,12 +83,15 @@ pub(crate) fn read(channel: impl AsFd) -> Option<Report> {
 }
 
 fn parse(record: &[u8], fd: Option<OwnedFd>) -> Report {
-    match record {
-        [b'F', a, b, c, d, step @ ..] => Report::Failed(Failure {
+    match (record, fd) {
+        ([b'B', a, b, c, d], Some(process)) => {
+            Report::Born(i32::from_ne_bytes([*a, *b, *c, *d]), process)
+        }
+        ([b'F', a, b, c, d, step @ ..], _) => Report::Failed(Failure {
             step: String::from_utf8_lossy(step).into_owned(),
             errno: i32::from_ne_bytes([*a, *b, *c, *d]),
         }),
-        _ => Report::Ready(fd),
+        (_, fd) => Report::Ready(fd),
     }
 }
 
@@ -114,6 +127,14 @@ mod tests {
         assert!(matches!(read(&ours), Some(Report::Failed(got)) if got == sent));
         drop(childs);
         assert!(matches!(read(&ours), Some(Report::Closed)));
+    }
+
+    #[test]
+    fn a_successor_arrives_with_its_descriptor() {
+        let (ours, childs) = channel().expect("channel");
+        let process = longshore_sys::pidfd::open(std::process::id().cast_signed()).expect("pidfd");
+        born(&childs, 7, process.as_fd()).expect("send");
+        assert!(matches!(read(&ours), Some(Report::Born(7, _))));
     }
 
     #[test]

@@ -331,7 +331,14 @@ impl Shim {
             let serial = container.serial;
             // Its last words come first: why it failed, or that it had come as far as execve.
             self.on_container_report(serial);
-            self.on_container_end(serial, ended);
+            // Unless it was a forerunner, whose last word was who takes its place.
+            let has_successor = self
+                .containers
+                .iter()
+                .any(|container| container.serial == serial && ![0, pid].contains(&container.pid));
+            if !has_successor {
+                self.on_container_end(serial, ended);
+            }
         } else if let Some(exec) = self.execs.iter().find(|exec| exec.pid == pid) {
             let serial = exec.serial;
             self.on_exec_report(serial);
@@ -355,6 +362,13 @@ impl Shim {
                 return;
             };
             match (news, &container.phase) {
+                (Report::Born(pid, pidfd), Phase::Building(asker)) => {
+                    let asker = *asker;
+                    if let Err(error) = container.succeed(pid, pidfd) {
+                        self.give_up(serial, asker, at_step("pid namespace", &error));
+                        return;
+                    }
+                }
                 (Report::Ready(terminal), Phase::Building(asker)) => {
                     let (asker, pid) = (*asker, container.pid);
                     container.phase = Phase::Created;
@@ -403,7 +417,7 @@ impl Shim {
                     container.close_report(&self.poll);
                     return;
                 }
-                (Report::Ready(_), _) => {}
+                (Report::Ready(_) | Report::Born(..), _) => {}
             }
         }
     }
@@ -484,6 +498,8 @@ impl Shim {
             };
             match news {
                 Report::Ready(terminal) => exec.terminal = terminal,
+                // Nobody takes the place of an exec.
+                Report::Born(..) => {}
                 Report::Failed(failure) => {
                     let mut exec = self.execs.remove(at);
                     exec.close_report(&self.poll);

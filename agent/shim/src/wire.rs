@@ -459,6 +459,59 @@ pub struct ContainerPlan {
     /// A log file is beside the frame.
     #[prost(message, optional, tag = "15")]
     pub log: Option<Log>,
+    /// The pod's user namespace: joined, its root's ids taken, and all new namespaces made in it.
+    #[prost(message, optional, tag = "16")]
+    pub user_namespace: Option<UserNamespace>,
+}
+
+/// A user namespace that exists.
+#[derive(Clone, PartialEq, Message)]
+pub struct UserNamespace {
+    /// Path of its `nsfs` mount.
+    #[prost(string, tag = "1")]
+    pub path: String,
+    /// Its users.
+    #[prost(message, repeated, tag = "2")]
+    pub uid_mappings: Vec<IdMapping>,
+    /// Its groups.
+    #[prost(message, repeated, tag = "3")]
+    pub gid_mappings: Vec<IdMapping>,
+}
+
+/// A range of ids in a user namespace.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct IdMapping {
+    /// First id inside.
+    #[prost(uint32, tag = "1")]
+    pub inside: u32,
+    /// First id on the host.
+    #[prost(uint32, tag = "2")]
+    pub outside: u32,
+    /// How many.
+    #[prost(uint32, tag = "3")]
+    pub length: u32,
+}
+
+impl UserNamespace {
+    /// Its users, as the kernel's door knows them.
+    pub fn uids(&self) -> Vec<longshore_sys::user::IdMapping> {
+        self.uid_mappings.iter().map(IdMapping::known).collect()
+    }
+
+    /// Its groups.
+    pub fn gids(&self) -> Vec<longshore_sys::user::IdMapping> {
+        self.gid_mappings.iter().map(IdMapping::known).collect()
+    }
+}
+
+impl IdMapping {
+    fn known(&self) -> longshore_sys::user::IdMapping {
+        longshore_sys::user::IdMapping {
+            inside: self.inside,
+            outside: self.outside,
+            length: self.length,
+        }
+    }
 }
 
 /// A CRI log.
@@ -505,7 +558,7 @@ pub enum NamespaceKind {
     Ipc = 4,
     /// `CLONE_NEWCGROUP`
     Cgroup = 5,
-    /// `CLONE_NEWUSER`
+    /// `CLONE_NEWUSER`; a container's is said apart, see [`ContainerPlan::user_namespace`].
     User = 6,
 }
 
@@ -597,6 +650,9 @@ pub struct Mount {
     /// Propagation of the finished mount.
     #[prost(enumeration = "Propagation", tag = "8")]
     pub propagation: i32,
+    /// Bind: owners are mapped by the container's user namespace, in mounts below too if recursive.
+    #[prost(bool, tag = "9")]
+    pub id_mapped: bool,
 }
 
 /// A device node.

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use longshore_shim::wire;
 use oci_spec::runtime::{
-    Capabilities, Capability, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace,
+    Capabilities, Capability, Linux, LinuxDevice, LinuxDeviceType, LinuxIdMapping, LinuxNamespace,
     LinuxNamespaceType, Mount, PosixRlimitType, Process, Spec,
 };
 
@@ -37,11 +37,12 @@ pub(super) fn container(input: Input<'_>) -> Result<wire::ContainerPlan, Handler
         .as_ref()
         .ok_or_else(|| bad("process", "is missing"))?;
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), input.pid)?;
+    let user_namespace = user_namespace(linux)?;
     let mounts = spec
         .mounts()
         .iter()
         .flatten()
-        .map(mount)
+        .map(|one| mount(one, user_namespace.as_ref()))
         .collect::<Result<Vec<_>, _>>()?;
     let hostname = if has_new(&namespaces, wire::NamespaceKind::Uts) {
         spec.hostname().clone().unwrap_or_default()
@@ -78,6 +79,7 @@ pub(super) fn container(input: Input<'_>) -> Result<wire::ContainerPlan, Handler
         log: input.log,
         namespaces,
         mounts,
+        user_namespace,
     })
 }
 
@@ -176,11 +178,6 @@ fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<(), HandlerError> {
     for (is_set, feature) in [
         (has_hooks, "hooks"),
         (spec.domainname().is_some(), "domainname"),
-        (
-            some(linux.uid_mappings().as_ref().map(Vec::len))
-                || some(linux.gid_mappings().as_ref().map(Vec::len)),
-            "linux.uidMappings",
-        ),
         (linux.intel_rdt().is_some(), "linux.intelRdt"),
         (linux.personality().is_some(), "linux.personality"),
         (linux.memory_policy().is_some(), "linux.memoryPolicy"),
@@ -216,7 +213,8 @@ fn namespaces(
             LinuxNamespaceType::Network => wire::NamespaceKind::Network,
             // The mode of the request decides.
             LinuxNamespaceType::Pid => continue,
-            LinuxNamespaceType::User => return Err(unsupported("user namespaces")),
+            // Said apart: see `user_namespace`.
+            LinuxNamespaceType::User => continue,
             LinuxNamespaceType::Time => return Err(unsupported("time namespaces")),
         };
         let from = match wish.path() {
@@ -245,6 +243,58 @@ fn namespaces(
             from: Some(from),
         })
         .collect())
+}
+
+/// One that exists: containers of a pod share the one that owns its other namespaces.
+fn user_namespace(linux: &Linux) -> Result<Option<wire::UserNamespace>, HandlerError> {
+    let uid_mappings = id_mappings(linux.uid_mappings().as_deref());
+    let gid_mappings = id_mappings(linux.gid_mappings().as_deref());
+    let mut wished = linux.namespaces().iter().flatten();
+    let Some(wish) = wished.find(|one| one.typ() == LinuxNamespaceType::User) else {
+        if uid_mappings.is_empty() && gid_mappings.is_empty() {
+            return Ok(None);
+        }
+        return Err(bad("linux.uidMappings", "needs a user namespace"));
+    };
+    let path = wish
+        .path()
+        .as_deref()
+        .ok_or_else(|| unsupported("a user namespace without a path"))?;
+    if uid_mappings.is_empty() || gid_mappings.is_empty() {
+        return Err(bad("linux.uidMappings", "is empty"));
+    }
+    Ok(Some(wire::UserNamespace {
+        path: text("linux.namespaces.path", path)?,
+        uid_mappings,
+        gid_mappings,
+    }))
+}
+
+fn id_mappings(mappings: Option<&[LinuxIdMapping]>) -> Vec<wire::IdMapping> {
+    mappings
+        .unwrap_or_default()
+        .iter()
+        .map(|one| wire::IdMapping {
+            inside: one.container_id(),
+            outside: one.host_id(),
+            length: one.size(),
+        })
+        .collect()
+}
+
+/// Whether owners of a mount are mapped, which is only done as the container's own ids are.
+fn is_id_mapped(mount: &Mount, user: Option<&wire::UserNamespace>) -> Result<bool, HandlerError> {
+    let uids = id_mappings(mount.uid_mappings().as_deref());
+    let gids = id_mappings(mount.gid_mappings().as_deref());
+    if uids.is_empty() && gids.is_empty() {
+        return Ok(false);
+    }
+    match user {
+        Some(user) if user.uid_mappings == uids && user.gid_mappings == gids => Ok(true),
+        _ => Err(unsupported(
+            "an id-mapped mount with other ids than the container's",
+        )),
+    }
 }
 
 fn has_new(namespaces: &[wire::Namespace], kind: wire::NamespaceKind) -> bool {
@@ -339,20 +389,15 @@ fn meaning(option: &str) -> Meaning {
     }
 }
 
-fn mount(mount: &Mount) -> Result<wire::Mount, HandlerError> {
+fn mount(mount: &Mount, user: Option<&wire::UserNamespace>) -> Result<wire::Mount, HandlerError> {
     let target = text("mounts.destination", mount.destination())?;
     if !target.starts_with('/') {
         return Err(bad("mounts.destination", "is not absolute"));
     }
-    let has = |list: Option<usize>| list.is_some_and(|count| count > 0);
-    if has(mount.uid_mappings().as_ref().map(Vec::len))
-        || has(mount.gid_mappings().as_ref().map(Vec::len))
-    {
-        return Err(unsupported("id-mapped mounts"));
-    }
     let mut bind = mount.typ().as_deref() == Some("bind");
     let mut plan = wire::Mount {
         target,
+        id_mapped: is_id_mapped(mount, user)?,
         ..wire::Mount::default()
     };
     let mut data = Vec::new();
@@ -383,6 +428,9 @@ fn mount(mount: &Mount) -> Result<wire::Mount, HandlerError> {
         }
         plan.source = text("mounts.source", source)?;
     } else {
+        if plan.id_mapped {
+            return Err(bad("mounts.uidMappings", "is for bind mounts only"));
+        }
         plan.fs_type = mount
             .typ()
             .clone()

@@ -102,6 +102,21 @@ pub struct MountWish {
     pub options: Vec<String>,
     /// Label the source for the container where SELinux is active.
     pub selinux_relabel: bool,
+    /// Show owners as the sandbox's user namespace has them: must be its own map.
+    pub id_map: Option<super::sandbox::IdMap>,
+}
+
+/// What a container says of its sandbox's user namespace: another one can't be had.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IdMapWish {
+    /// It does not say.
+    #[default]
+    AsSandbox,
+    /// It has none.
+    Host,
+    /// It has these ids.
+    Mapped(super::sandbox::IdMap),
 }
 
 /// A device of the host.
@@ -263,6 +278,9 @@ pub struct ContainerConfig {
     pub rlimits: Vec<RlimitWish>,
     /// None takes the sandbox's.
     pub pid: Option<PidMode>,
+    /// What it takes its sandbox's user namespace to be.
+    #[serde(default)]
+    pub id_map: IdMapWish,
     /// On a terminal.
     pub tty: bool,
     /// With a stdin.

@@ -75,6 +75,10 @@ impl Lifecycle {
             layers,
             volumes,
             cgroup: CgroupPath::clone(&sandbox.cgroup),
+            owner: sandbox
+                .config
+                .id_map
+                .map_or((0, 0), |ids| (ids.host_uid, ids.host_gid)),
             user: built.user,
             stop_signal: built.stop_signal,
             pid: built.pid,
@@ -108,7 +112,7 @@ impl Lifecycle {
             let images = volumes.directories(&rootfs, &config)?;
             let cdi =
                 spec::resolve_cdi(&config.cdi_devices, &cdi_dirs).map_err(spec::SpecError::from)?;
-            let mut host = spec::gather(&config, &sandbox.config)?;
+            let mut host = spec::gather(&config, &sandbox.config, &sandbox_dir)?;
             (host.images, host.cdi) = (images, cdi);
             host.volumes = volumes.own(&rootfs, &id);
             let input = SpecInput {
@@ -169,6 +173,9 @@ pub(super) struct CreateContainer {
     #[serde(default)]
     volumes: Volumes,
     cgroup: CgroupPath,
+    /// Of the root directory, on the host.
+    #[serde(default)]
+    owner: (u32, u32),
     user: User,
     stop_signal: i32,
     pid: PidMode,
@@ -204,8 +211,9 @@ impl CreateContainer {
     async fn create_root(&self, on: &Lifecycle) -> Result<(), LifecycleError> {
         let (rootfs, id) = (on.rootfs.clone(), self.id.clone());
         let mount_point = on.mount_point(&self.sandbox_id, &self.id);
+        let owner = self.owner;
         blocking::run("create writable layer", move || {
-            rootfs.create_writable(&id)?;
+            rootfs.create_writable(&id, owner)?;
             files::make_dir(&mount_point, 0o711)
         })
         .await?;

@@ -4,8 +4,13 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use super::spec::SpecError;
 use crate::{
-    cgroup::CgroupError, handler::HandlerError, image::ImageError, network::NetworkError,
-    operation::OperationError, rootfs::RootfsError, store::StoreError,
+    cgroup::CgroupError,
+    handler::HandlerError,
+    image::ImageError,
+    network::NetworkError,
+    operation::OperationError,
+    rootfs::{IdMapsMissing, RootfsError},
+    store::StoreError,
 };
 
 /// Why a verb did not do it. Nothing of it remains unless a variant says otherwise.
@@ -56,6 +61,15 @@ pub enum LifecycleError {
         name: String,
         /// What would be valid.
         known: Vec<String>,
+    },
+    /// This host or the handler has no user namespaces for sandboxes.
+    #[error("user namespaces are not supported by runtime handler {handler:?} here")]
+    UserNamespaces {
+        /// The handler.
+        handler: String,
+        /// What is missing.
+        #[source]
+        source: IdMapsMissing,
     },
     /// The image is not on this host.
     #[error("image {reference:?} is not present; pull it first")]

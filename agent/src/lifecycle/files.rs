@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  RUN/sandboxes/<id>/  ns/net ns/uts ns/ipc   bound namespaces, kept without any process
+//!                       ns/user               the one that owns them, if the sandbox has its own
 //!                       shm/                   tmpfs that its containers share
 //!                       hostname hosts resolv.conf
 //!                       shim.sock exits/       the shim's
@@ -20,7 +21,8 @@ use std::{
 
 use longshore_sys::{
     mount,
-    ns::{self, NewNamespaces},
+    ns::{self, NewNamespaces, NewUser},
+    user::IdMapping,
 };
 
 use super::{LifecycleError, sandbox::SandboxConfig};
@@ -42,11 +44,15 @@ pub(super) fn create(
     write(&dir.join("hostname"), format!("{hostname}\n"))?;
     write_hosts(dir, hostname, addresses)?;
     write(&dir.join("resolv.conf"), resolv_conf(config)?)?;
+    for name in ["hostname", "hosts", "resolv.conf"] {
+        give_to_root(&dir.join(name), config)?;
+    }
     if !config.host_ipc {
         let shm = dir.join("shm");
         make_dir(&shm, 0o1777)?;
         mount::tmpfs(&shm, SHM_BYTES, 0o1777)
-            .map_err(LifecycleError::file("mount tmpfs on", shm))?;
+            .map_err(LifecycleError::file("mount tmpfs on", &shm))?;
+        give_to_root(&shm, config)?;
     }
     create_namespaces(dir, config, hostname)
 }
@@ -74,7 +80,7 @@ pub(super) fn remove(dir: &Path) -> Result<(), LifecycleError> {
 
 /// Lets go of the namespaces and of `/dev/shm`; absent ones are fine.
 pub(super) fn release(dir: &Path) -> Result<(), LifecycleError> {
-    for name in ["net", "uts", "ipc"] {
+    for name in ["net", "uts", "ipc", "user"] {
         let path = namespace(dir, name);
         ns::release(&path).map_err(LifecycleError::file("release", path))?;
     }
@@ -108,6 +114,11 @@ fn create_namespaces(
     }
     sysctls.extend(config.sysctls.clone());
     let wish = NewNamespaces {
+        user: config.id_map.map(|ids| NewUser {
+            path: namespace(dir, "user"),
+            uids: vec![mapping(ids.host_uid, ids.length)],
+            gids: vec![mapping(ids.host_gid, ids.length)],
+        }),
         net: (!host_network).then(|| namespace(dir, "net")),
         uts: (!host_network).then(|| namespace(dir, "uts")),
         ipc: (!config.host_ipc).then(|| namespace(dir, "ipc")),
@@ -118,6 +129,23 @@ fn create_namespaces(
         step: error.step,
         source: error.source,
     })
+}
+
+fn mapping(outside: u32, length: u32) -> IdMapping {
+    IdMapping {
+        inside: 0,
+        outside,
+        length,
+    }
+}
+
+/// Makes the sandbox's root, who may be nobody on the host, the owner of one of its files.
+fn give_to_root(path: &Path, config: &SandboxConfig) -> Result<(), LifecycleError> {
+    let Some(ids) = config.id_map else {
+        return Ok(());
+    };
+    std::os::unix::fs::chown(path, Some(ids.host_uid), Some(ids.host_gid))
+        .map_err(LifecycleError::file("chown", path))
 }
 
 fn hosts(hostname: &str, addresses: &[IpAddr]) -> String {

@@ -59,7 +59,7 @@ use crate::{
     image::Images,
     network::Networks,
     operation::Operations,
-    rootfs::Rootfs,
+    rootfs::{IdMapsMissing, Rootfs},
     store::Store,
 };
 
@@ -110,6 +110,8 @@ pub struct Lifecycle {
     pub cgroups: Arc<Cgroups>,
     /// The engine.
     pub handler: Arc<NativeHandler>,
+    /// Whether sandboxes can have user namespaces, and why not.
+    pub id_maps: Result<(), IdMapsMissing>,
     /// Directory of one sandbox each, below the run directory.
     pub sandboxes_dir: PathBuf,
     /// Logs of containers that have no log directory of their own, below the data directory.
@@ -138,6 +140,8 @@ pub struct Parts {
     pub cgroups: Arc<Cgroups>,
     /// The engine.
     pub handler: Arc<NativeHandler>,
+    /// Whether layers can be shown with other owners.
+    pub id_maps: Result<(), IdMapsMissing>,
     /// The run directory.
     pub run_dir: PathBuf,
     /// The data directory.
@@ -158,6 +162,7 @@ impl Lifecycle {
             networks: parts.networks,
             cgroups: parts.cgroups,
             handler: parts.handler,
+            id_maps: parts.id_maps,
             sandboxes_dir: parts.run_dir.join("sandboxes"),
             logs_dir: parts.data_dir.join("logs"),
             stopping: Mutex::default(),

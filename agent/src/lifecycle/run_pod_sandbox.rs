@@ -40,6 +40,14 @@ impl Lifecycle {
                 known: vec![NATIVE_HANDLER.into()],
             });
         }
+        if config.id_map.is_some()
+            && let Err(missing) = &self.id_maps
+        {
+            return Err(LifecycleError::UserNamespaces {
+                handler: config.handler,
+                source: missing.clone(),
+            });
+        }
         self.networks.prepare(&config.network).await?;
         let run = RunPodSandbox {
             id: SandboxId::random(),

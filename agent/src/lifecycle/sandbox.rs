@@ -39,6 +39,25 @@ pub enum PidMode {
     Target(crate::id::ContainerId),
 }
 
+/// Ids of a sandbox that has a user namespace of its own: the first `length` ones inside are those
+/// on the host from `host_uid` and `host_gid` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMap {
+    /// Root's user id on the host.
+    pub host_uid: u32,
+    /// Root's group id on the host.
+    pub host_gid: u32,
+    /// How many of either.
+    pub length: u32,
+}
+
+impl std::fmt::Display for IdMap {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (uid, gid, length) = (self.host_uid, self.host_gid, self.length);
+        write!(out, "users 0:{uid}:{length}, groups 0:{gid}:{length}")
+    }
+}
+
 /// What `/etc/resolv.conf` says.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dns {
@@ -73,6 +92,8 @@ pub struct SandboxConfig {
     pub pid: PidMode,
     /// Shares System V IPC, POSIX queues and `/dev/shm` with the host.
     pub host_ipc: bool,
+    /// Has a user namespace with these ids; none is the host's.
+    pub id_map: Option<IdMap>,
     /// Where the logs of its containers go; absolute.
     pub log_directory: Option<PathBuf>,
     /// Name of the runtime handler; empty is the default.

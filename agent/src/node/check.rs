@@ -8,6 +8,7 @@ use crate::{
     handler::NativeHandler,
     id::InstanceId,
     network::{self, Networks},
+    rootfs::{IdMapsMissing, can_map_layers},
     store::{Store, Tables},
 };
 
@@ -71,8 +72,7 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Oldest kernel that has every call which has no fallback: `mount_setattr`, idmapped overlay
-/// lowers, `cgroup.kill`.
+/// Oldest kernel that has every call which has no fallback: `mount_setattr`, `cgroup.kill`.
 const KERNEL_FLOOR: (u32, u32) = (5, 15);
 
 /// Looks at configuration and host; worst findings first.
@@ -84,6 +84,7 @@ pub async fn run(config: &Config) -> Vec<Finding> {
             findings.extend(filesystems());
             findings.extend(namespaces());
             findings.extend(seccomp());
+            findings.extend(user_namespaces(&config.data_dir));
             findings.extend(cgroups(&config));
             findings
         }
@@ -164,6 +165,22 @@ fn namespaces() -> Vec<Finding> {
             )
         })
         .collect()
+}
+
+fn user_namespaces(data_dir: &Path) -> Option<Finding> {
+    // Before the first start the directory is not there, but its file system is.
+    let place = data_dir.ancestors().find(|place| place.exists())?;
+    let missing = can_map_layers(place).err()?;
+    Some(Finding::new(
+        Severity::Warning,
+        "user namespaces",
+        format!("sandboxes can't have any: {}", chain(&missing)),
+        match missing {
+            IdMapsMissing::Namespaces { .. } => "raise sysctl user.max_user_namespaces",
+            IdMapsMissing::Kernel { .. } => "boot a newer kernel",
+            IdMapsMissing::FileSystem { .. } => "put data_dir on ext4, xfs or btrfs",
+        },
+    ))
 }
 
 fn seccomp() -> Option<Finding> {

@@ -15,6 +15,7 @@
 //! - Mounting is not done here: [`RootPlan`] says how, the shim's child does it.
 
 mod error;
+mod id_map;
 mod layer;
 mod merge;
 mod mount;
@@ -44,6 +45,7 @@ use rustix::{
 
 pub use self::{
     error::{HeaderFault, LayerError, LimitKind, PathFault, RootfsError},
+    id_map::{IdMapsMissing, can_map_layers},
     layer::{Layer, LayerDir, Limits, Unpacked, unpack},
     mount::RootPlan,
     usage::Usage,

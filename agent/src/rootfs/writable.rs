@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use rustix::{
     fd::AsFd,
-    fs::{Mode, OFlags, chmodat, mkdirat, openat},
+    fs::{AtFlags, Gid, Mode, OFlags, Uid, chmodat, chownat, mkdirat, openat},
     io::Errno,
 };
 
@@ -27,11 +27,16 @@ impl Rootfs {
         }
     }
 
-    /// Makes an empty writable layer; repeating it changes nothing.
+    /// Makes an empty writable layer whose root directory belongs to `owner` (user, group);
+    /// repeating it changes nothing.
     ///
     /// # Errors
     /// `Kernel`.
-    pub fn create_writable(&self, container: &ContainerId) -> Result<(), RootfsError> {
+    pub fn create_writable(
+        &self,
+        container: &ContainerId,
+        owner: (u32, u32),
+    ) -> Result<(), RootfsError> {
         let place = &self.inner.containers;
         let id = container.as_str();
         // The upper directory is the container's root directory, so its mode is not ours alone.
@@ -42,7 +47,7 @@ impl Rootfs {
         ] {
             let mode = Mode::from_raw_mode(mode);
             match mkdirat(&place.fd, &*name, mode) {
-                Ok(()) => chmodat(&place.fd, &*name, mode, rustix::fs::AtFlags::empty())
+                Ok(()) => chmodat(&place.fd, &*name, mode, AtFlags::empty())
                     .map_err(RootfsError::kernel("fchmodat", place.path.join(name)))?,
                 Err(Errno::EXIST) => {}
                 Err(error) => {
@@ -50,7 +55,17 @@ impl Rootfs {
                 }
             }
         }
-        Ok(())
+        // Without owners on disk that a user namespace maps, its root could not even look into it.
+        let upper = format!("{id}/upper");
+        let (uid, gid) = (Uid::from_raw(owner.0), Gid::from_raw(owner.1));
+        chownat(
+            &place.fd,
+            &*upper,
+            Some(uid),
+            Some(gid),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .map_err(RootfsError::kernel("fchownat", place.path.join(upper)))
     }
 
     /// Removes a writable layer; absent is fine, repeating it too; blocking.

@@ -162,6 +162,11 @@ impl ToStatus for LifecycleError {
                     .fact("handler", name)
                     .fact("field", "runtime_handler")
             }
+            Self::UserNamespaces { handler, .. } => {
+                Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
+                    .fact("feature", "user namespaces")
+                    .fact("handler", handler)
+            }
             Self::ImageMissing { reference } => {
                 Verdict::new(Code::NotFound, ErrorReason::ImageNotFound).fact("image", reference)
             }
@@ -232,6 +237,12 @@ impl ToStatus for SpecError {
             Self::ImageVolumePath { path } => {
                 Verdict::new(Code::FailedPrecondition, ErrorReason::MountSource).fact("path", path)
             }
+            Self::IdMappedMount {
+                path, file_system, ..
+            } => Verdict::new(Code::FailedPrecondition, ErrorReason::KernelLacks)
+                .fact("feature", "id-mapped mounts")
+                .fact("file_system", file_system)
+                .fact("path", path.display()),
             Self::RecursiveReadonly { target, .. } => {
                 invalid("config.mounts.recursive_read_only").fact("value", target.display())
             }

@@ -32,12 +32,36 @@ pub enum Cloned {
 /// # Errors
 /// What clone3(2) answers.
 pub unsafe fn fork(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+    let signal = u64::try_from(libc::SIGCHLD).expect("a positive number");
+    // SAFETY: passed on to the caller.
+    unsafe { clone3(namespaces, signal, cgroup) }
+}
+
+/// As [`fork`], but the child is one of the caller's parent, which waits for it and to which the
+/// pid and the descriptor are of use.
+///
+/// # Safety
+/// As [`fork`].
+///
+/// # Errors
+/// What clone3(2) answers.
+pub unsafe fn fork_sibling(namespaces: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
+    let sibling = u64::try_from(libc::CLONE_PARENT).expect("a positive flag");
+    // SAFETY: passed on to the caller. The signal must be 0: it is the one that the caller ends with.
+    unsafe { clone3(namespaces | sibling, 0, cgroup) }
+}
+
+unsafe fn clone3(
+    flags: u64,
+    exit_signal: u64,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<Cloned> {
     let mut raw_pidfd: libc::c_int = -1;
     // SAFETY: all-zero is a valid `clone_args`: no stack, no thread-local storage, plain fork.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = namespaces | u64::try_from(libc::CLONE_PIDFD).expect("a positive flag");
+    args.flags = flags | u64::try_from(libc::CLONE_PIDFD).expect("a positive flag");
     args.pidfd = (&raw mut raw_pidfd) as u64;
-    args.exit_signal = u64::try_from(libc::SIGCHLD).expect("a positive number");
+    args.exit_signal = exit_signal;
     if let Some(dir) = cgroup {
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = u64::try_from(dir.as_fd().as_raw_fd()).expect("descriptors are not negative");

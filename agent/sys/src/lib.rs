@@ -14,6 +14,7 @@ pub mod path;
 pub mod pidfd;
 pub mod proc;
 pub mod seccomp;
+pub mod user;
 
 use std::io;
 

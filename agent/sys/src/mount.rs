@@ -128,14 +128,42 @@ pub struct Attributes {
 /// # Errors
 /// `ENOSYS` before Linux 5.12; what mount_setattr(2) answers.
 pub fn set_attributes(tree: impl AsFd, recursive: bool, attributes: Attributes) -> io::Result<()> {
-    let attr = libc::mount_attr {
-        attr_set: attributes.set,
-        attr_clr: attributes.clear,
-        propagation: attributes.propagation,
-        userns_fd: 0,
-    };
+    mount_setattr(
+        tree,
+        recursive,
+        libc::mount_attr {
+            attr_set: attributes.set,
+            attr_clr: attributes.clear,
+            propagation: attributes.propagation,
+            userns_fd: 0,
+        },
+    )
+}
+
+/// Shows the files of a detached tree with owners as `user_ns` maps them: what belongs to id 0 on
+/// disk belongs to root of the namespace, and back.
+///
+/// # Errors
+/// `EINVAL` when a file system lacks it, `EPERM` when a mount is id-mapped already, `ENOSYS` before
+/// Linux 5.12.
+pub fn map_ids(tree: impl AsFd, recursive: bool, user_ns: impl AsFd) -> io::Result<()> {
+    let raw = user_ns.as_fd().as_raw_fd();
+    mount_setattr(
+        tree,
+        recursive,
+        libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: u64::try_from(raw).expect("descriptors are not negative"),
+        },
+    )
+}
+
+fn mount_setattr(tree: impl AsFd, recursive: bool, attr: libc::mount_attr) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the path is an empty C string and `attr` is of the size given; both outlive the call.
+    // SAFETY: the path is an empty C string and `attr` is of the size given; both outlive the call,
+    // as does the borrow of a user namespace whose number is in it.
     check(unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

@@ -13,10 +13,13 @@ use rustix::mount::UnmountFlags;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::check;
+use crate::user::{Holder, IdMapping, outside};
 
 /// What to make. A kind without a path is not unshared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NewNamespaces {
+    /// The user namespace that the others belong to; none leaves them with the caller's.
+    pub user: Option<NewUser>,
     /// File over which the network namespace is bound.
     pub net: Option<PathBuf>,
     /// File over which the UTS namespace is bound.
@@ -27,6 +30,17 @@ pub struct NewNamespaces {
     pub hostname: Option<String>,
     /// Kernel parameters, dotted (or slashed) name and value, written inside.
     pub sysctls: Vec<(String, String)>,
+}
+
+/// A user namespace to make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewUser {
+    /// File over which it is bound.
+    pub path: PathBuf,
+    /// Its users.
+    pub uids: Vec<IdMapping>,
+    /// Its groups.
+    pub gids: Vec<IdMapping>,
 }
 
 /// A step that did not work.
@@ -78,9 +92,11 @@ pub fn create(wish: &NewNamespaces) -> Result<(), NsError> {
 
 impl NewNamespaces {
     fn paths(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let user = self.user.as_ref().map(|user| ("user", user.path.as_path()));
         [("net", &self.net), ("uts", &self.uts), ("ipc", &self.ipc)]
             .into_iter()
             .filter_map(|(kind, path)| path.as_deref().map(|path| (kind, path)))
+            .chain(user)
     }
 }
 
@@ -89,7 +105,13 @@ fn create_here(wish: &NewNamespaces) -> Result<(), NsError> {
     flags.set(UnshareFlags::NEWNET, wish.net.is_some());
     flags.set(UnshareFlags::NEWUTS, wish.uts.is_some());
     flags.set(UnshareFlags::NEWIPC, wish.ipc.is_some());
-    step(unshare(flags), || "unshare".into())?;
+    let holder = match &wish.user {
+        Some(user) => Some(hold(user, flags)?),
+        None => {
+            step(unshare(flags), || "unshare".into())?;
+            None
+        }
+    };
     if let (Some(name), true) = (&wish.hostname, wish.uts.is_some()) {
         step(rustix::system::sethostname(name.as_bytes()), || {
             format!("sethostname {name}")
@@ -98,8 +120,11 @@ fn create_here(wish: &NewNamespaces) -> Result<(), NsError> {
     if wish.net.is_some() {
         step(loopback_up(), || "bring lo up".into())?;
     }
+    let root = wish.user.as_ref().and_then(|user| outside(&user.uids, 0));
     for (name, value) in &wish.sysctls {
-        step(write_sysctl(name, value), || format!("sysctl {name}"))?;
+        step(write_sysctl_as(root, name, value), || {
+            format!("sysctl {name}")
+        })?;
     }
     for (kind, path) in wish.paths() {
         let named = || format!("bind {}", path.display());
@@ -107,12 +132,45 @@ fn create_here(wish: &NewNamespaces) -> Result<(), NsError> {
             step(fs::create_dir_all(parent), named)?;
         }
         step(fs::File::create(path), named)?;
-        step(
-            rustix::mount::mount_bind(format!("/proc/thread-self/ns/{kind}"), path),
-            named,
-        )?;
+        let source = match (&holder, kind) {
+            // This thread has stayed in its own.
+            (Some(holder), "user") => holder.path(kind),
+            _ => format!("/proc/thread-self/ns/{kind}"),
+        };
+        step(rustix::mount::mount_bind(source, path), named)?;
     }
     Ok(())
+}
+
+/// Makes a user namespace and the others below it, which the calling thread enters. A process of
+/// many threads can neither make nor enter the first itself.
+fn hold(user: &NewUser, others: UnshareFlags) -> Result<Holder, NsError> {
+    let bits = libc::c_int::try_from(others.bits()).expect("flags of unshare fit");
+    let holder = step(Holder::start(&user.uids, &user.gids, bits), || {
+        "make a user namespace".into()
+    })?;
+    for (flag, kind, link) in [
+        (UnshareFlags::NEWNET, "net", LinkNameSpaceType::Network),
+        (
+            UnshareFlags::NEWUTS,
+            "uts",
+            LinkNameSpaceType::HostNameAndNISDomainName,
+        ),
+        (
+            UnshareFlags::NEWIPC,
+            "ipc",
+            LinkNameSpaceType::InterProcessCommunication,
+        ),
+    ] {
+        if others.contains(flag) {
+            let entered = holder.open(kind).and_then(|ns| {
+                let ns = std::os::fd::AsFd::as_fd(&ns);
+                Ok(rustix::thread::move_into_link_name_space(ns, Some(link))?)
+            });
+            step(entered, || format!("setns {kind}"))?;
+        }
+    }
+    Ok(holder)
 }
 
 fn unshare(flags: UnshareFlags) -> io::Result<()> {
@@ -245,6 +303,24 @@ pub fn write_sysctl(name: &str, value: &str) -> io::Result<()> {
         .and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes()))
 }
 
+/// As [`write_sysctl`]; a parameter that only `root` of its namespaces may write is written with
+/// that effective id. For a thread that ends afterwards.
+fn write_sysctl_as(root: Option<u32>, name: &str, value: &str) -> io::Result<()> {
+    let root = match (write_sysctl(name, value), root) {
+        (Err(error), Some(root)) if error.raw_os_error() == Some(libc::EACCES) => root,
+        (result, _) => return result,
+    };
+    let become_user = |uid: u32| {
+        let own = rustix::process::getuid();
+        let uid = rustix::process::Uid::from_raw(uid);
+        rustix::thread::set_thread_res_uid(own, uid, own)
+    };
+    become_user(root)?;
+    let written = write_sysctl(name, value);
+    become_user(0)?;
+    written
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -276,31 +352,46 @@ mod tests {
     fn namespaces_are_set_up_held_and_let_go() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = |kind: &str| dir.path().join("ns").join(kind);
-        let wish = NewNamespaces {
-            net: Some(path("net")),
-            uts: Some(path("uts")),
-            ipc: Some(path("ipc")),
-            hostname: Some("held".into()),
-            sysctls: vec![
-                ("net.ipv4.ip_unprivileged_port_start".into(), "7".into()),
-                ("kernel.shm_rmid_forced".into(), "1".into()),
-            ],
+        let mapping = IdMapping {
+            inside: 0,
+            outside: 100_000,
+            length: 10,
         };
-        create(&wish).expect("create");
-        assert!(is_bound(&path("net")));
-        let (port, flags) = in_netns(&path("net"), || {
-            (
-                fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start"),
-                fs::read_to_string("/proc/thread-self/net/dev"),
-            )
-        })
-        .expect("enter");
-        assert_eq!(port.expect("read").trim(), "7");
-        assert!(flags.expect("read").contains("lo:"));
-        for kind in ["net", "uts", "ipc"] {
-            release(&path(kind)).expect("release");
-            release(&path(kind)).expect("absent is fine");
-            assert!(!path(kind).exists());
+        let user = NewUser {
+            path: path("user"),
+            uids: vec![mapping],
+            gids: vec![mapping],
+        };
+        for user in [None, Some(user)] {
+            let owned = user.is_some();
+            let wish = NewNamespaces {
+                user,
+                net: Some(path("net")),
+                uts: Some(path("uts")),
+                ipc: Some(path("ipc")),
+                hostname: Some("held".into()),
+                sysctls: vec![
+                    ("net.ipv4.ip_unprivileged_port_start".into(), "7".into()),
+                    ("kernel.shm_rmid_forced".into(), "1".into()),
+                ],
+            };
+            create(&wish).expect("create");
+            assert!(is_bound(&path("net")));
+            assert_eq!(is_bound(&path("user")), owned);
+            let (port, flags) = in_netns(&path("net"), || {
+                (
+                    fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start"),
+                    fs::read_to_string("/proc/thread-self/net/dev"),
+                )
+            })
+            .expect("enter");
+            assert_eq!(port.expect("read").trim(), "7");
+            assert!(flags.expect("read").contains("lo:"));
+            for kind in ["net", "uts", "ipc", "user"] {
+                release(&path(kind)).expect("release");
+                release(&path(kind)).expect("absent is fine");
+                assert!(!path(kind).exists());
+            }
         }
     }
 

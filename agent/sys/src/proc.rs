@@ -159,6 +159,28 @@ pub fn set_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// A resource limit (`RLIMIT_*` number) of the calling process: soft, hard.
+///
+/// # Errors
+/// What prlimit64(2) answers.
+pub fn rlimit(resource: u32) -> io::Result<(u64, u64)> {
+    let mut limit = libc::rlimit64 {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` outlives the call; no new value is given.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_prlimit64,
+            0,
+            resource,
+            std::ptr::null::<libc::rlimit64>(),
+            &raw mut limit,
+        )
+    })?;
+    Ok((limit.rlim_cur, limit.rlim_max))
+}
+
 /// Sets the OOM score adjustment; one below what the caller may set becomes the lowest it may.
 ///
 /// # Errors

@@ -3,11 +3,11 @@
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use longshore_sys::mount;
+use longshore_sys::mount::{self, Attributes};
 use longshore_sys::path::{self, Missing};
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Uid};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, Stat, Uid};
 use rustix::io::Errno;
 
 use super::{Step, at, resolve, root};
@@ -47,15 +47,9 @@ fn make_node(device: &Device, root: &OwnedFd) -> io::Result<()> {
     };
     let number = rustix::fs::makedev(device.major, device.minor);
     let mode = Mode::from_bits_truncate(device.mode);
-    match rustix::fs::mknodat(&parent, &name, kind, mode, number) {
-        Ok(()) => {}
-        Err(Errno::EXIST) if is_device(&parent, &name, kind, number)? => {}
-        Err(Errno::EXIST) => {
-            rustix::fs::unlinkat(&parent, &name, AtFlags::empty())?;
-            rustix::fs::mknodat(&parent, &name, kind, mode, number)?;
-        }
+    match mknod(&parent, &name, kind, mode, number) {
         Err(Errno::PERM) => return bind_host_node(device, root, kind, number),
-        Err(error) => return Err(error.into()),
+        made => made?,
     }
     rustix::fs::chownat(
         &parent,
@@ -69,22 +63,83 @@ fn make_node(device: &Device, root: &OwnedFd) -> io::Result<()> {
     Ok(rustix::fs::chmodat(&parent, &name, mode, AtFlags::empty())?)
 }
 
-fn is_device(parent: &OwnedFd, name: &OsStr, kind: FileType, number: u64) -> io::Result<bool> {
-    let found = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-    Ok(FileType::from_raw_mode(found.st_mode) == kind && found.st_rdev == number)
+/// Makes a node in the place of whatever else is there.
+fn mknod(
+    parent: &OwnedFd,
+    name: &OsStr,
+    kind: FileType,
+    mode: Mode,
+    number: u64,
+) -> Result<(), Errno> {
+    match rustix::fs::mknodat(parent, name, kind, mode, number) {
+        Err(Errno::EXIST) if is_device(parent, name, kind, number)? => Ok(()),
+        Err(Errno::EXIST) => {
+            rustix::fs::unlinkat(parent, name, AtFlags::empty())?;
+            rustix::fs::mknodat(parent, name, kind, mode, number)
+        }
+        made => made,
+    }
 }
 
-/// Where nodes may not be made (a user namespace), the host's own is bound, if it is the same.
+fn is_device(parent: &OwnedFd, name: &OsStr, kind: FileType, number: u64) -> Result<bool, Errno> {
+    let found = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    Ok(is(&found, kind, number))
+}
+
+fn is(found: &Stat, kind: FileType, number: u64) -> bool {
+    FileType::from_raw_mode(found.st_mode) == kind && found.st_rdev == number
+}
+
+/// Where nodes may not be made (a user namespace), the host's own is bound, with the owner and the
+/// mode that it has there.
 fn bind_host_node(device: &Device, root: &OwnedFd, kind: FileType, number: u64) -> io::Result<()> {
-    let tree = mount::clone_tree(CWD, &device.path, false)?;
-    let found = rustix::fs::fstat(&tree)?;
-    if FileType::from_raw_mode(found.st_mode) != kind || found.st_rdev != number {
+    let path = host_node(Path::new(&device.path), kind, number).ok_or(Errno::NODEV)?;
+    let tree = mount::clone_tree(CWD, path, false)?;
+    if !is(&rustix::fs::fstat(&tree)?, kind, number) {
         return Err(Errno::NODEV.into());
     }
+    let private = Attributes {
+        propagation: libc::MS_PRIVATE,
+        ..Attributes::default()
+    };
+    mount::set_attributes(&tree, false, private)?;
     mount::attach(
         &tree,
         resolve(root, &device.path, Missing::MakeFile(0o666))?,
     )
+}
+
+/// Deepest directory below `/dev` that is searched.
+const DEPTH: usize = 4;
+
+/// Finds a node of the host: where the container has it, where udev links it, anywhere in `/dev`.
+fn host_node(path: &Path, kind: FileType, number: u64) -> Option<PathBuf> {
+    let links = match kind {
+        FileType::BlockDevice => "/dev/block",
+        _ => "/dev/char",
+    };
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    [path.to_owned(), format!("{links}/{major}:{minor}").into()]
+        .into_iter()
+        .find(|path| {
+            rustix::fs::statat(CWD, path, AtFlags::empty())
+                .is_ok_and(|found| is(&found, kind, number))
+        })
+        .or_else(|| search(Path::new("/dev"), kind, number, DEPTH))
+}
+
+fn search(dir: &Path, kind: FileType, number: u64, depth: usize) -> Option<PathBuf> {
+    std::fs::read_dir(dir).ok()?.flatten().find_map(|entry| {
+        let path = entry.path();
+        let found = rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        if is(&found, kind, number) {
+            return Some(path);
+        }
+        let is_dir = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
+        (is_dir && depth > 0)
+            .then(|| search(&path, kind, number, depth - 1))
+            .flatten()
+    })
 }
 
 /// Replaces whatever is there, but a directory, which stays.

@@ -17,7 +17,8 @@
 //!     identity, seccomp, capabilities         identity, seccomp, capabilities
 //!     execve                                  execve
 //! ```
-//! The last lines are one function for both ([`settings`]): an exec gets what the first got.
+//! The last lines are one function for both ([`settings`]): an exec gets what the first got. With
+//! a user namespace some of it has to come before that is joined: see [`user`].
 
 mod devices;
 mod masks;
@@ -28,6 +29,7 @@ pub(crate) mod reaper;
 mod root;
 mod settings;
 pub(crate) mod terminal;
+mod user;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -35,10 +37,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use longshore_sys::clone::exit_now;
 use longshore_sys::path::Missing;
 use longshore_sys::{fd, path, proc};
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
 
+use crate::container::{clone_flags, open_cgroup};
 use crate::report;
-use crate::wire::{CgroupPlan, ContainerPlan, Failure, ProcessPlan};
+use crate::wire::{CgroupPlan, ContainerPlan, Failure, ProcessPlan, UserNamespace};
 
 /// What a step gives.
 type Step<T> = Result<T, Failure>;
@@ -82,6 +85,17 @@ impl ChildStdio {
             .flatten()
             .map(AsRawFd::as_raw_fd)
     }
+
+    /// So that a program of another user can open /dev/stdout again. Only what we were given for
+    /// this process: never the null device.
+    fn give_to(&self, uid: Uid, gid: Gid) {
+        for fd in [&self.stdin, &self.stdout, &self.stderr]
+            .into_iter()
+            .flatten()
+        {
+            let _ = rustix::fs::fchown(fd, Some(uid), Some(gid));
+        }
+    }
 }
 
 /// Builds a container around this process and runs its program; called in the child.
@@ -97,17 +111,28 @@ pub(crate) fn run_first(
     end(channel, result)
 }
 
-/// Joins the container whose first process is `target` and runs a program; called in the child.
+/// The container that an exec joins.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<'a> {
+    /// Its first process.
+    pub(crate) process: BorrowedFd<'a>,
+    /// Its pod's user namespace.
+    pub(crate) user_namespace: Option<&'a UserNamespace>,
+}
+
+/// Joins a running container and runs a program; called in the child.
 pub(crate) fn run_exec(
     process: &ProcessPlan,
     cgroup: &CgroupPlan,
-    target: BorrowedFd<'_>,
+    target: Target<'_>,
     default_oom_score_adj: i32,
     channel: &OwnedFd,
     stdio: &ChildStdio,
 ) -> ! {
     let _guard = NeverReturn;
-    let keep = stdio.raw().chain([channel.as_raw_fd(), target.as_raw_fd()]);
+    let keep = stdio
+        .raw()
+        .chain([channel.as_raw_fd(), target.process.as_raw_fd()]);
     let result = close_foreign_fds(keep).and_then(|()| {
         exec(
             process,
@@ -133,9 +158,15 @@ fn first(
     channel: &OwnedFd,
     stdio: &ChildStdio,
 ) -> Step<std::convert::Infallible> {
-    let host = enter(&plan.process, &plan.cgroup, default_oom_score_adj)?;
-    namespaces::join_and_make(plan)?;
-    let root = root::build(plan)?;
+    let (host, sources) = match &plan.user_namespace {
+        None => {
+            let host = enter(&plan.process, &plan.cgroup, default_oom_score_adj)?;
+            namespaces::join_and_make(plan)?;
+            (host, root::open_sources(plan, None)?)
+        }
+        Some(user) => enter_user(user, plan, default_oom_score_adj, channel, stdio)?,
+    };
+    let root = root::build(plan, sources)?;
     let terminal = plan
         .process
         .terminal
@@ -157,16 +188,48 @@ fn first(
     settings::become_program(&plan.process, &host.proc_self)
 }
 
+/// The first steps of a first process in a user namespace.
+fn enter_user(
+    user: &UserNamespace,
+    plan: &ContainerPlan,
+    default_oom_score_adj: i32,
+    channel: &OwnedFd,
+    stdio: &ChildStdio,
+) -> Step<(Host, root::Sources)> {
+    let flags = clone_flags(plan)?;
+    reset(&plan.process, default_oom_score_adj)?;
+    user::prepare(user, &plan.process, stdio)?;
+    namespaces::join_paths(&plan.namespaces)?;
+    let namespace = user::open(user)?;
+    let namespace = namespace.as_fd();
+    let mut sources = root::open_sources(plan, Some(namespace))?;
+    user::map_layers(&plan.rootfs, namespace)?;
+    sources.mount_layers(plan)?;
+    let cgroup = open_cgroup(&plan.cgroup)?;
+    user::cross(namespace)?;
+    user::be_born(flags, cgroup.as_ref().map(AsFd::as_fd), channel)?;
+    // The cgroups are the host's root's, who this process still is.
+    join_cgroups(&plan.cgroup)?;
+    namespaces::make(plan)?;
+    Ok((Host::open()?, sources))
+}
+
 fn exec(
     process: &ProcessPlan,
     cgroup: &CgroupPlan,
-    target: BorrowedFd<'_>,
+    target: Target<'_>,
     default_oom_score_adj: i32,
     channel: &OwnedFd,
     stdio: &ChildStdio,
 ) -> Step<std::convert::Infallible> {
     let host = enter(process, cgroup, default_oom_score_adj)?;
-    namespaces::join_all(target)?;
+    if let Some(user) = target.user_namespace {
+        user::prepare(user, process, stdio)?;
+    }
+    namespaces::join_all(target.process, target.user_namespace.is_some())?;
+    if target.user_namespace.is_some() {
+        user::become_root()?;
+    }
     let terminal = if process.terminal {
         let root = at(open_dir("/"), || "open /".into())?;
         Some(terminal::open(&root, process)?)
@@ -193,22 +256,33 @@ struct Host {
     null: OwnedFd,
 }
 
+impl Host {
+    fn open() -> Step<Self> {
+        Ok(Self {
+            proc_self: at(open_dir("/proc/self"), || "open /proc/self".into())?,
+            null: at(
+                rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()),
+                || "open /dev/null".into(),
+            )?,
+        })
+    }
+}
+
 /// First steps of every child, while it still sees the host.
 fn enter(process: &ProcessPlan, cgroup: &CgroupPlan, default_oom_score_adj: i32) -> Step<Host> {
+    reset(process, default_oom_score_adj)?;
+    join_cgroups(cgroup)?;
+    Host::open()
+}
+
+/// Lets go of what the shim has set for itself.
+fn reset(process: &ProcessPlan, default_oom_score_adj: i32) -> Step<()> {
     proc::reset_signals();
     // Modes of what is made from here on are meant exactly.
     rustix::process::umask(Mode::empty());
-    join_cgroups(cgroup)?;
     let score = process.oom_score_adj.unwrap_or(default_oom_score_adj);
     at(proc::set_oom_score_adj(score), || {
         format!("oom_score_adj {score}")
-    })?;
-    Ok(Host {
-        proc_self: at(open_dir("/proc/self"), || "open /proc/self".into())?,
-        null: at(
-            rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()),
-            || "open /dev/null".into(),
-        )?,
     })
 }
 

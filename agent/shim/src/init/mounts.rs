@@ -1,14 +1,14 @@
 //! Mounts of a container: sources opened on the host, targets resolved inside the root.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use longshore_sys::mount::{self, Attributes, Flags, Overlay};
 use longshore_sys::path::{self, Missing};
 use rustix::fs::{CWD, FileType};
 
-use super::{Step, at, resolve};
+use super::{Step, at, resolve, root, user};
 use crate::wire::{ContainerPlan, Mount, NamespaceFrom, NamespaceKind, Propagation};
 
 fn is_bind(mount: &Mount) -> bool {
@@ -23,14 +23,23 @@ pub(super) fn brings_own_dev(mounts: &[Mount]) -> bool {
 }
 
 /// Clones the sources of all bind mounts as detached trees, with their final attributes.
-pub(super) fn open_sources(mounts: &[Mount]) -> Step<Vec<Option<OwnedFd>>> {
+pub(super) fn open_sources(
+    mounts: &[Mount],
+    user_ns: Option<BorrowedFd<'_>>,
+) -> Step<Vec<Option<OwnedFd>>> {
+    let open = |mount: &Mount| {
+        let tree = at(open_source(mount), || format!("open {}", mount.source))?;
+        if mount.id_mapped {
+            let user_ns = user::needed(user_ns)?;
+            at(mount::map_ids(&tree, mount.recursive, user_ns), || {
+                format!("id-map {}", mount.source)
+            })?;
+        }
+        Ok(tree)
+    };
     mounts
         .iter()
-        .map(|mount| {
-            is_bind(mount)
-                .then(|| at(open_source(mount), || format!("open {}", mount.source)))
-                .transpose()
-        })
+        .map(|mount| is_bind(mount).then(|| open(mount)).transpose())
         .collect()
 }
 
@@ -55,6 +64,50 @@ fn open_source(mount: &Mount) -> io::Result<OwnedFd> {
     Ok(tree)
 }
 
+/// Mounts the overlays among them as detached trees, with their final attributes: their layers can
+/// be reached with the host's rights only. In a mount namespace of this process's own.
+pub(super) fn open_overlays(plan: &ContainerPlan, sources: &mut [Option<OwnedFd>]) -> Step<()> {
+    for (mount, source) in plan.mounts.iter().zip(sources) {
+        if mount.fs_type == "overlay"
+            && let Some(lower) = lower_dirs(&mount.data)
+        {
+            let tree = open_overlay(mount, &lower, Path::new(&plan.rootfs.mount_point));
+            *source = Some(at(tree, || format!("mount {}", mount.target))?);
+        }
+    }
+    Ok(())
+}
+
+/// A read-only overlay of any number of directories, as an image mounted as a volume is: their whole
+/// names could be more than the one page that mount(2) takes.
+fn open_overlay(mount: &Mount, lower: &[PathBuf], point: &Path) -> io::Result<OwnedFd> {
+    let parent = lower
+        .first()
+        .and_then(|first| {
+            first
+                .ancestors()
+                .skip(1)
+                .find(|parent| lower.iter().all(|dir| dir.starts_with(parent)))
+        })
+        .unwrap_or(Path::new("/"));
+    let names: Vec<String> = lower
+        .iter()
+        .filter_map(|dir| Some(dir.strip_prefix(parent).ok()?.to_str()?.to_owned()))
+        .collect();
+    let overlay = Overlay {
+        layers_dir: parent,
+        lower: &names,
+        writable: None,
+    };
+    let tree = root::mount_overlay(&overlay, point)?;
+    let own = Attributes {
+        propagation: propagation_bits(mount.propagation()),
+        ..mount::attributes_of(mount.flags)
+    };
+    mount::set_attributes(&tree, false, own)?;
+    Ok(tree)
+}
+
 fn propagation_bits(propagation: Propagation) -> u64 {
     match propagation {
         Propagation::Private => libc::MS_PRIVATE,
@@ -73,10 +126,6 @@ pub(super) fn mount_all(
         let done = match (source, mount.fs_type.as_str()) {
             (Some(tree), _) => attach(&tree, root, &mount.target),
             (None, "cgroup") => mount_cgroups(plan, mount, root),
-            (None, "overlay") => match lower_dirs(&mount.data) {
-                Some(lower) => mount_overlay(mount, root, &lower),
-                None => mount_new(mount, root),
-            },
             (None, _) => mount_new(mount, root),
         };
         at(done, || format!("mount {}", mount.target))?;
@@ -132,48 +181,6 @@ fn lower_dirs(data: &str) -> Option<Vec<PathBuf>> {
     dirs.iter()
         .all(|dir| dir.starts_with('/'))
         .then(|| dirs.into_iter().map(PathBuf::from).collect())
-}
-
-/// A read-only overlay of any number of directories, as an image mounted as a volume is: their whole
-/// names could be more than the one page that mount(2) takes.
-fn mount_overlay(mount: &Mount, root: &OwnedFd, lower: &[PathBuf]) -> io::Result<()> {
-    let parent = lower
-        .first()
-        .and_then(|first| {
-            first
-                .ancestors()
-                .skip(1)
-                .find(|parent| lower.iter().all(|dir| dir.starts_with(parent)))
-        })
-        .unwrap_or(Path::new("/"));
-    let names: Vec<String> = lower
-        .iter()
-        .filter_map(|dir| Some(dir.strip_prefix(parent).ok()?.to_str()?.to_owned()))
-        .collect();
-    let overlay = Overlay {
-        layers_dir: parent,
-        lower: &names,
-        writable: None,
-    };
-    let target = path::make_dir_in_root(root, &mount.target, 0o755)?;
-    match mount::overlay_detached(&overlay) {
-        Ok(tree) => mount::attach(&tree, &target)?,
-        // A kernel without lowerdir+, or a path beyond the 255 bytes of one fsconfig string.
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::EINVAL | libc::ENOSYS | libc::ENAMETOOLONG)
-            ) =>
-        {
-            mount::overlay_at(&overlay, Path::new(&path::fd_path(&target)))?;
-        }
-        Err(error) => return Err(error),
-    }
-    let own = Attributes {
-        propagation: propagation_bits(mount.propagation()),
-        ..mount::attributes_of(mount.flags)
-    };
-    mount::set_attributes(resolve(root, &mount.target, Missing::Refuse)?, false, own)
 }
 
 /// mount(2) with a descriptor as target: the host's `/proc` is still the one in sight, and

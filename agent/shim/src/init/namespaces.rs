@@ -12,19 +12,18 @@ use crate::wire::{ContainerPlan, Namespace, NamespaceFrom, NamespaceKind};
 /// Joins and makes what clone could not: the mount namespace, new UTS, IPC and network ones and a
 /// pid namespace are there already.
 pub(super) fn join_and_make(plan: &ContainerPlan) -> Step<()> {
-    let mut new_uts = false;
-    let mut new_cgroup = false;
-    for namespace in &plan.namespaces {
-        match (namespace.kind(), &namespace.from) {
-            // The pid namespace is the clone's matter.
-            (NamespaceKind::Pid, _) => {}
-            (kind, Some(NamespaceFrom::Path(path))) => join(kind, path)?,
-            (NamespaceKind::Uts, Some(NamespaceFrom::New(_))) => new_uts = true,
-            (NamespaceKind::Cgroup, Some(NamespaceFrom::New(_))) => new_cgroup = true,
-            _ => {}
-        }
-    }
-    if new_cgroup {
+    join_paths(&plan.namespaces)?;
+    make(plan)
+}
+
+/// Makes a new cgroup namespace, and sets up the other new ones.
+pub(super) fn make(plan: &ContainerPlan) -> Step<()> {
+    let has_new = |kind| {
+        plan.namespaces.iter().any(|namespace| {
+            namespace.kind() == kind && matches!(namespace.from, Some(NamespaceFrom::New(_)))
+        })
+    };
+    if has_new(NamespaceKind::Cgroup) {
         // Not by clone: the root of a cgroup namespace is where its maker is at that moment, and
         // the version 1 cgroups have only now been joined.
         // SAFETY: this process has one thread.
@@ -32,27 +31,25 @@ pub(super) fn join_and_make(plan: &ContainerPlan) -> Step<()> {
             unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWCGROUP) };
         at(made, || "unshare cgroup".into())?;
     }
-    if new_uts && !plan.hostname.is_empty() {
+    if has_new(NamespaceKind::Uts) && !plan.hostname.is_empty() {
         at(
             rustix::system::sethostname(plan.hostname.as_bytes()),
             || "sethostname".into(),
         )?;
     }
-    let new_network = plan.namespaces.iter().any(|namespace| {
-        namespace.kind() == NamespaceKind::Network
-            && matches!(namespace.from, Some(NamespaceFrom::New(_)))
-    });
-    if new_network {
+    if has_new(NamespaceKind::Network) {
         at(ns::loopback_up(), || "bring lo up".into())?;
     }
     Ok(())
 }
 
-/// Joins those that have a path, so that a pod's first process holds the pod's and no others.
+/// Joins those that have a path; the pid namespace is the clone's matter.
 pub(super) fn join_paths(namespaces: &[Namespace]) -> Step<()> {
     for namespace in namespaces {
-        if let Some(NamespaceFrom::Path(path)) = &namespace.from {
-            join(namespace.kind(), path)?;
+        match (namespace.kind(), &namespace.from) {
+            (NamespaceKind::Pid, _) => {}
+            (kind, Some(NamespaceFrom::Path(path))) => join(kind, path)?,
+            _ => {}
         }
     }
     Ok(())
@@ -76,12 +73,14 @@ fn join(kind: NamespaceKind, path: &str) -> Step<()> {
 
 /// Joins every namespace of a process but its pid namespace, at once or not at all. The root and
 /// the working directory become those of its mount namespace.
-pub(super) fn join_all(target: BorrowedFd<'_>) -> Step<()> {
-    let all = ThreadNameSpaceType::MOUNT
+pub(super) fn join_all(target: BorrowedFd<'_>, has_user: bool) -> Step<()> {
+    let mut all = ThreadNameSpaceType::MOUNT
         | ThreadNameSpaceType::CONTROL_GROUP
         | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
         | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
         | ThreadNameSpaceType::NETWORK;
+    // The kernel refuses a user namespace that one is in already.
+    all.set(ThreadNameSpaceType::USER, has_user);
     at(
         rustix::thread::move_into_thread_name_spaces(target, all),
         || "setns".into(),

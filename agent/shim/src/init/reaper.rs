@@ -4,7 +4,7 @@
 //! read-only root, without capabilities, descriptors or dumpability.
 
 use std::convert::Infallible;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use longshore_sys::caps::{self, Sets};
@@ -13,28 +13,40 @@ use longshore_sys::{fd, proc};
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::UnmountFlags;
 
-use super::{FAILED, NeverReturn, Step, at, close_foreign_fds, masks, namespaces};
+use super::{FAILED, NeverReturn, Step, at, close_foreign_fds, masks, namespaces, user};
 use crate::report;
-use crate::wire::Namespace;
+use crate::wire::ContainerPlan;
 use longshore_sys::clone::exit_now;
 
-/// Becomes that process; called in the child, which is pid 1 and has a mount namespace of its own.
-pub(crate) fn run(dir: &Path, join: &[Namespace], channel: &OwnedFd) -> ! {
+/// Namespaces of its own.
+pub(crate) const OWN: libc::c_int = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+
+/// Becomes that process; called in the child. With a user namespace another does so, else the child
+/// has its own namespaces already.
+pub(crate) fn run(dir: &Path, plan: &ContainerPlan, channel: &OwnedFd) -> ! {
     let _guard = NeverReturn;
-    let Err(failure) = settle(dir, join, channel);
+    let Err(failure) = settle(dir, plan, channel);
     report::failed(channel, &failure);
     exit_now(FAILED)
 }
 
-fn settle(dir: &Path, join: &[Namespace], channel: &OwnedFd) -> Step<Infallible> {
+fn settle(dir: &Path, plan: &ContainerPlan, channel: &OwnedFd) -> Step<Infallible> {
     close_foreign_fds([channel.as_raw_fd()].into_iter())?;
+    // So that it holds the pod's namespaces and no others.
+    namespaces::join_paths(&plan.namespaces)?;
+    if let Some(user) = &plan.user_namespace {
+        user::cross(user::open(user)?.as_fd())?;
+        user::be_born(OWN, None, channel)?;
+    }
     proc::reset_signals();
     // The kernel reaps what it inherits.
     proc::ignore_children();
     at(proc::set_name(c"pod-init"), || "set name".into())?;
     at(proc::new_session(), || "setsid".into())?;
-    namespaces::join_paths(join)?;
     enter_empty_root(dir)?;
+    if plan.user_namespace.is_some() {
+        user::become_root()?;
+    }
     at(caps::bound(0), || "drop bounding capabilities".into())?;
     at(caps::set_ambient(0), || "set ambient capabilities".into())?;
     at(proc::set_no_new_privs(), || "no_new_privs".into())?;

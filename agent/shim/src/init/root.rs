@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use longshore_sys::mount::{self, Attributes, Overlay, PropagationFlags};
@@ -11,31 +11,70 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
 
-use super::{Step, at, devices, masks, mounts, open_dir};
+use super::{Step, at, devices, masks, mounts, open_dir, user};
 use crate::wire::{ContainerPlan, Propagation, Rootfs, Sysctl};
 
+/// What is opened on the host's mounts before the root is put together.
+pub(super) struct Sources {
+    /// Detached trees of bind mounts.
+    binds: Vec<Option<OwnedFd>>,
+    /// The null device, for masks.
+    null: OwnedFd,
+    /// The detached root, once it is mounted.
+    overlay: Option<OwnedFd>,
+}
+
+impl Sources {
+    /// Mounts what consists of layers: the root, and images as volumes. In a mount namespace of this
+    /// process's own, with the host's rights.
+    pub(super) fn mount_layers(&mut self, plan: &ContainerPlan) -> Step<()> {
+        mounts::open_overlays(plan, &mut self.binds)?;
+        self.overlay = Some(overlay(&plan.rootfs)?);
+        Ok(())
+    }
+
+    /// The root; its layers are mounted now unless they have been.
+    fn take_overlay(&mut self, plan: &ContainerPlan) -> Step<OwnedFd> {
+        if self.overlay.is_none() {
+            self.mount_layers(plan)?;
+        }
+        Ok(self.overlay.take().expect("mounted above"))
+    }
+}
+
+/// Opens them; those that are id-mapped are so by `user_ns`.
+pub(super) fn open_sources(plan: &ContainerPlan, user_ns: Option<BorrowedFd<'_>>) -> Step<Sources> {
+    Ok(Sources {
+        // Cloned while the host's mounts are still peers of the host's: a clone of a slave could
+        // not propagate back.
+        binds: mounts::open_sources(&plan.mounts, user_ns)?,
+        null: masks::open_null()?,
+        overlay: None,
+    })
+}
+
 /// Mounts everything below the plan's mount point; returns the root, not entered yet.
-pub(super) fn build(plan: &ContainerPlan) -> Step<OwnedFd> {
-    // Cloned while the host's mounts are still peers of the host's: a clone of a slave could not
-    // propagate back.
-    let sources = mounts::open_sources(&plan.mounts)?;
-    let null = masks::open_null()?;
+pub(super) fn build(plan: &ContainerPlan, mut sources: Sources) -> Step<OwnedFd> {
     at(
         mount::set_propagation("/", PropagationFlags::DOWNSTREAM | PropagationFlags::REC),
         || "make mounts slave".into(),
     )?;
     write_sysctls(&plan.sysctls)?;
-    let root = mount_root(&plan.rootfs)?;
-    mounts::mount_all(plan, &root, sources)?;
+    let root = attach_root(&plan.rootfs, &sources.take_overlay(plan)?)?;
+    if plan.user_namespace.is_some() {
+        // What is made from here on is the pod's own root's.
+        user::become_root()?;
+    }
+    mounts::mount_all(plan, &root, sources.binds)?;
     if !mounts::brings_own_dev(&plan.mounts) {
         devices::make(plan, &root)?;
     }
     masks::make_readonly(&plan.readonly_paths, &root)?;
-    masks::mask(&plan.masked_paths, &root, &null)?;
+    masks::mask(&plan.masked_paths, &root, &sources.null)?;
     Ok(root)
 }
 
-fn mount_root(rootfs: &Rootfs) -> Step<OwnedFd> {
+fn overlay(rootfs: &Rootfs) -> Step<OwnedFd> {
     let writable =
         (!rootfs.upper.is_empty()).then(|| (Path::new(&rootfs.upper), Path::new(&rootfs.work)));
     let overlay = Overlay {
@@ -43,11 +82,14 @@ fn mount_root(rootfs: &Rootfs) -> Step<OwnedFd> {
         lower: &rootfs.lower,
         writable,
     };
-    let point = Path::new(&rootfs.mount_point);
-    let mounted = match mount::overlay_detached(&overlay) {
-        Ok(tree) => rustix::fs::open(point, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-            .map_err(io::Error::from)
-            .and_then(|target| mount::attach(&tree, &target)),
+    let mounted = mount_overlay(&overlay, Path::new(&rootfs.mount_point));
+    at(mounted, || "mount overlay".into())
+}
+
+/// Mounts an overlay as a detached tree, by way of `point` where the kernel needs one; in a mount
+/// namespace of this process's own.
+pub(super) fn mount_overlay(overlay: &Overlay<'_>, point: &Path) -> io::Result<OwnedFd> {
+    match mount::overlay_detached(overlay) {
         // A kernel without lowerdir+, or a path beyond the 255 bytes of one fsconfig string.
         Err(error)
             if matches!(
@@ -55,11 +97,21 @@ fn mount_root(rootfs: &Rootfs) -> Step<OwnedFd> {
                 Some(libc::EINVAL | libc::ENOSYS | libc::ENAMETOOLONG)
             ) =>
         {
-            mount::overlay_at(&overlay, point)
+            mount::overlay_at(overlay, point)?;
+            let tree = mount::clone_tree(CWD, point, false)?;
+            mount::unmount_detach(point)?;
+            Ok(tree)
         }
-        Err(error) => Err(error),
-    };
-    at(mounted, || "mount overlay".into())?;
+        mounted => mounted,
+    }
+}
+
+fn attach_root(rootfs: &Rootfs, overlay: &OwnedFd) -> Step<OwnedFd> {
+    let point = Path::new(&rootfs.mount_point);
+    let attached = rustix::fs::open(point, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(io::Error::from)
+        .and_then(|target| mount::attach(overlay, &target));
+    at(attached, || "mount overlay".into())?;
     at(open_dir(&rootfs.mount_point), || {
         format!("open {}", rootfs.mount_point)
     })

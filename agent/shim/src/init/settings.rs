@@ -50,17 +50,28 @@ pub(super) fn prepare(
         None => take_stdio(process, stdio, host_null)?,
     }
     for limit in &process.rlimits {
-        at(
-            proc::set_rlimit(limit.resource, limit.soft, limit.hard),
-            || {
-                let name = usize::try_from(limit.resource)
-                    .ok()
-                    .and_then(|at| LIMITS.get(at));
-                format!("setrlimit {}", name.unwrap_or(&"?"))
-            },
-        )?;
+        set_limit(limit.resource, limit.soft, limit.hard)?;
     }
     change_dir(process)
+}
+
+fn set_limit(resource: u32, soft: u64, hard: u64) -> Step<()> {
+    at(proc::set_rlimit(resource, soft, hard), || {
+        let name = usize::try_from(resource).ok().and_then(|at| LIMITS.get(at));
+        format!("setrlimit {}", name.unwrap_or(&"?"))
+    })
+}
+
+/// Raises hard limits that are below the wish, and only those: what lowers them, or changes what
+/// is in force, needs no rights and comes with [`prepare`].
+pub(super) fn raise_limits(process: &ProcessPlan) -> Step<()> {
+    for limit in &process.rlimits {
+        let (soft, hard) = at(proc::rlimit(limit.resource), || "getrlimit".into())?;
+        if limit.hard > hard {
+            set_limit(limit.resource, soft, limit.hard)?;
+        }
+    }
+    Ok(())
 }
 
 fn take_terminal(program: &OwnedFd) -> Step<()> {
@@ -73,16 +84,8 @@ fn take_terminal(program: &OwnedFd) -> Step<()> {
 fn take_stdio(process: &ProcessPlan, stdio: &ChildStdio, host_null: &OwnedFd) -> Step<()> {
     let null = own_null();
     let null = null.as_ref().unwrap_or(host_null);
+    stdio.give_to(Uid::from_raw(process.uid), Gid::from_raw(process.gid));
     let given = [&stdio.stdin, &stdio.stdout, &stdio.stderr];
-    for fd in given.into_iter().flatten() {
-        // So that a program of another user can open /dev/stdout again. Only what we were given
-        // for this process: never the null device.
-        let _ = rustix::fs::fchown(
-            fd,
-            Some(Uid::from_raw(process.uid)),
-            Some(Gid::from_raw(process.gid)),
-        );
-    }
     at(
         replace_stdio(given.map(|fd| fd.as_ref().unwrap_or(null))),
         || "dup2".into(),

@@ -55,6 +55,17 @@ pub enum SpecError {
         /// `shared` or `shared or slave`.
         needed: &'static str,
     },
+    /// The source of a mount can't be shown with other owners.
+    #[error("the {file_system} at {} has no id-mapped mounts", path.display())]
+    IdMappedMount {
+        /// Path on the host of the mount that can't.
+        path: PathBuf,
+        /// Its file system.
+        file_system: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// A recursively read-only mount can't be had. The first word is one that CRI clients look for.
     #[error("RROUnsupported: the recursively read-only mount at {} {reason}", target.display())]
     RecursiveReadonly {

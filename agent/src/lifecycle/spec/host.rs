@@ -9,11 +9,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use longshore_sys::caps;
+use longshore_sys::{caps, user::can_map_ids};
 
 use super::{
     super::{
         container::{AppArmorWish, ContainerConfig, MountSource, Propagation, SeccompWish},
+        files,
         sandbox::SandboxConfig,
     },
     SpecError,
@@ -90,8 +91,13 @@ pub struct DeviceNode {
 /// Blocking.
 ///
 /// # Errors
-/// `MountSource`, `Device`, `SeccompProfile` for what is not there.
-pub fn gather(config: &ContainerConfig, sandbox: &SandboxConfig) -> Result<HostFacts, SpecError> {
+/// `MountSource`, `Device`, `SeccompProfile` for what is not there; `IdMappedMount` for what can't
+/// be mapped.
+pub fn gather(
+    config: &ContainerConfig,
+    sandbox: &SandboxConfig,
+    sandbox_dir: &Path,
+) -> Result<HostFacts, SpecError> {
     // Nothing of a wish that is refused anyway may be made.
     super::check_privileged(config, sandbox)?;
     let privileged = config.security.privileged;
@@ -131,12 +137,24 @@ pub fn gather(config: &ContainerConfig, sandbox: &SandboxConfig) -> Result<HostF
     }
     // Last, because it may make directories.
     for mount in &config.mounts {
-        if let MountSource::Bind { path, create, .. } = &mount.source {
+        if let MountSource::Bind {
+            path,
+            create,
+            recursive,
+        } = &mount.source
+        {
             let source =
                 source(path, *create, &mounts).map_err(|source| SpecError::MountSource {
                     path: path.clone(),
                     source,
                 })?;
+            if mount.id_map.is_some() && mount.id_map == sandbox.id_map {
+                check_id_map(
+                    &source.path,
+                    *recursive,
+                    &files::namespace(sandbox_dir, "user"),
+                )?;
+            }
             facts.sources.insert(path.clone(), source);
         }
     }
@@ -164,6 +182,29 @@ fn source(path: &Path, create: bool, mounts: &MountInfo) -> io::Result<SourceFac
         path: found,
         shared,
         slave,
+    })
+}
+
+/// Looks whether a mount and those below it can be id-mapped, by doing it out of sight.
+fn check_id_map(path: &Path, recursive: bool, user_ns: &Path) -> Result<(), SpecError> {
+    let open = |source| SpecError::MountSource {
+        path: user_ns.to_owned(),
+        source,
+    };
+    let user_ns = fs::File::open(user_ns).map_err(open)?;
+    let Err(error) = can_map_ids(path, recursive, &user_ns) else {
+        return Ok(());
+    };
+    let mounts = MountInfo::read();
+    // Which of several it was the kernel does not say.
+    let culprit = mounts
+        .points_below(path)
+        .find(|point| can_map_ids(point, false, &user_ns).is_err())
+        .unwrap_or(path);
+    Err(SpecError::IdMappedMount {
+        path: culprit.to_owned(),
+        file_system: mounts.file_system_at(culprit).to_owned(),
+        source: error,
     })
 }
 
@@ -333,13 +374,14 @@ mod tests {
             propagation: Propagation::Private,
             options: vec![],
             selinux_relabel: false,
+            id_map: None,
         }
     }
 
     fn source_of(path: &Path, create: bool) -> Result<PathBuf, SpecError> {
         let mut config = config();
         config.mounts = vec![bind(path, create)];
-        let mut facts = gather(&config, &sandbox())?;
+        let mut facts = gather(&config, &sandbox(), Path::new("/nowhere"))?;
         Ok(facts.sources.remove(path).expect("was gathered").path)
     }
 
@@ -387,7 +429,7 @@ mod tests {
                 container_path: "/dev/x".into(),
                 permissions: "rwm".to_owned(),
             }];
-            gather(&config, &sandbox())
+            gather(&config, &sandbox(), Path::new("/nowhere"))
                 .map(|mut facts| facts.devices.remove(path).expect("was gathered"))
         };
         for path in [Path::new("/dev/null"), &dir.path().join("link")] {
@@ -419,7 +461,7 @@ mod tests {
         };
         config.mounts = vec![bind(&dir.path().join("new"), true)];
         assert!(matches!(
-            gather(&config, &sandbox()),
+            gather(&config, &sandbox(), Path::new("/nowhere")),
             Err(SpecError::PrivilegedInUnprivilegedSandbox)
         ));
         assert!(!dir.path().join("new").exists());
@@ -430,7 +472,7 @@ mod tests {
         let mut config = config();
         for path in ["/there/is/none", "/proc", "/dev/zero"] {
             config.security.seccomp = SeccompWish::Localhost(path.into());
-            let error = gather(&config, &sandbox()).expect_err(path);
+            let error = gather(&config, &sandbox(), Path::new("/nowhere")).expect_err(path);
             assert!(matches!(error, SpecError::SeccompProfile { .. }));
         }
     }

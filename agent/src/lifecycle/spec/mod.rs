@@ -21,6 +21,7 @@ mod devices;
 mod environment;
 mod error;
 mod host;
+mod id_map;
 mod mountinfo;
 mod mounts;
 mod process;
@@ -116,6 +117,7 @@ pub fn build(input: &SpecInput<'_>) -> Result<Built, SpecError> {
     security::check_selinux(&config.security, host)?;
     let user = resolve_user(&config.user, &image.user, input.passwd, input.group)?;
     let pid = config.pid.as_ref().unwrap_or(&input.sandbox.pid).clone();
+    id_map::check(input, &user, &pid)?;
     let process = first_process(input, &user)?;
     let linux = linux(input, &process, &pid)?;
 
@@ -198,6 +200,8 @@ fn linux(input: &SpecInput<'_>, process: &Process, pid: &PidMode) -> Result<Linu
     linux
         .set_cgroups_path(Some(Path::new("/").join(input.cgroup.as_str())))
         .set_namespaces(Some(namespaces(input, pid)))
+        .set_uid_mappings(input.sandbox.id_map.map(id_map::uids))
+        .set_gid_mappings(input.sandbox.id_map.map(id_map::gids))
         .set_devices((!devices.nodes.is_empty()).then_some(devices.nodes))
         .set_resources(Some(resources))
         .set_masked_paths(Some(masked))
@@ -216,6 +220,11 @@ fn namespaces(input: &SpecInput<'_>, pid: &PidMode) -> Vec<LinuxNamespace> {
     let has_own_network = !is_host_network(input);
     [
         (true, Kind::Mount, None),
+        (
+            input.sandbox.id_map.is_some(),
+            Kind::User,
+            of_sandbox("user"),
+        ),
         (has_own_network, Kind::Network, of_sandbox("net")),
         (has_own_network, Kind::Uts, of_sandbox("uts")),
         (!input.sandbox.host_ipc, Kind::Ipc, of_sandbox("ipc")),

@@ -24,6 +24,7 @@ pub(super) struct MountInfo(Vec<Line>);
 #[derive(Debug)]
 struct Line {
     point: PathBuf,
+    file_system: String,
     shared: bool,
     slave: bool,
     /// Only of a cgroup2 mount.
@@ -43,12 +44,28 @@ impl MountInfo {
 
     /// Whether the mount that `path` is on is shared, and whether it is a slave.
     pub(super) fn propagation_at(&self, path: &Path) -> (bool, bool) {
+        self.mount_of(path)
+            .map_or((false, false), |line| (line.shared, line.slave))
+    }
+
+    /// Type of the file system that `path` is on.
+    pub(super) fn file_system_at(&self, path: &Path) -> &str {
+        self.mount_of(path)
+            .map_or("file system", |line| line.file_system.as_str())
+    }
+
+    /// Where something is mounted below `path`.
+    pub(super) fn points_below(&self, path: &Path) -> impl Iterator<Item = &Path> {
+        let points = self.0.iter().map(|line| line.point.as_path());
+        points.filter(move |point| *point != path && point.starts_with(path))
+    }
+
+    fn mount_of(&self, path: &Path) -> Option<&Line> {
         // Of several mounts at one point the last covers the others.
         self.0
             .iter()
             .filter(|line| path.starts_with(&line.point))
             .max_by_key(|line| line.point.components().count())
-            .map_or((false, false), |line| (line.shared, line.slave))
     }
 
     pub(super) fn cgroup2_options(&self) -> Vec<String> {
@@ -68,7 +85,8 @@ fn line(line: &[u8]) -> Option<Line> {
         shared |= field.starts_with(b"shared:");
         slave |= field.starts_with(b"master:");
     }
-    let cgroup2 = (fields.next()? == b"cgroup2").then(|| {
+    let file_system = String::from_utf8_lossy(fields.next()?).into_owned();
+    let cgroup2 = (file_system == "cgroup2").then(|| {
         let options = String::from_utf8_lossy(fields.nth(1).unwrap_or_default());
         let kept = options
             .split(',')
@@ -77,6 +95,7 @@ fn line(line: &[u8]) -> Option<Line> {
     });
     Some(Line {
         point,
+        file_system,
         shared,
         slave,
         cgroup2,

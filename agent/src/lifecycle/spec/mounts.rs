@@ -12,8 +12,11 @@ use std::{
 use oci_spec::runtime::Mount;
 
 use super::{
-    super::container::{ContainerConfig, MountSource, MountWish, Propagation},
-    HostFacts, SpecError, SpecInput,
+    super::{
+        container::{ContainerConfig, MountSource, MountWish, Propagation},
+        sandbox::IdMap,
+    },
+    HostFacts, SpecError, SpecInput, id_map,
     process::absolute,
 };
 use crate::{cgroup::CgroupVersion, image::ImageConfig};
@@ -26,14 +29,14 @@ pub(super) fn mounts(input: &SpecInput<'_>) -> Result<Vec<Mount>, SpecError> {
         .config
         .mounts
         .iter()
-        .map(|wish| self::wished(wish, input.host))
+        .map(|wish| self::wished(wish, input.sandbox.id_map, input.host))
         .collect::<Result<Vec<_>, _>>()?;
     let is_wished = |path: &Path| wished.iter().any(|wish| wish.destination() == path);
     let own_dev = is_wished(Path::new("/dev"));
     let mut all: Vec<Mount> = usual(input)
         .into_iter()
         .chain(files(input))
-        .chain(volumes(input.host))
+        .chain(volumes(input))
         .filter(|usual| {
             let target = usual.destination();
             !(is_wished(target) || own_dev && target.starts_with("/dev"))
@@ -87,10 +90,22 @@ pub fn image_volumes(
     Ok(targets.into_iter().collect())
 }
 
-fn volumes(host: &HostFacts) -> impl Iterator<Item = Mount> {
-    host.volumes
-        .iter()
-        .map(|(target, source)| mount(target, "bind", source, &["rbind", "rprivate", "rw"]))
+fn volumes(input: &SpecInput<'_>) -> impl Iterator<Item = Mount> {
+    let ids = input.sandbox.id_map;
+    input.host.volumes.iter().map(move |(target, source)| {
+        let volume = mount(target, "bind", source, &["rbind", "rprivate", "rw"]);
+        mapped(volume, ids)
+    })
+}
+
+/// Content of images has the owners that it has in an image. An overlay's are mapped by its layers.
+fn mapped(mut mount: Mount, ids: Option<IdMap>) -> Mount {
+    if mount.typ().as_deref() == Some("bind") {
+        mount
+            .set_uid_mappings(ids.map(id_map::uids))
+            .set_gid_mappings(ids.map(id_map::gids));
+    }
+    mount
 }
 
 /// How much of the host's mounts the container's root must hear of.
@@ -115,6 +130,17 @@ fn usual(input: &SpecInput<'_>) -> Vec<Mount> {
     } else {
         input.sandbox_dir.join("shm")
     };
+    // Group 5 owns terminals, where there is such a group.
+    let mut terminals = vec![
+        "nosuid",
+        "noexec",
+        "newinstance",
+        "ptmxmode=0666",
+        "mode=0620",
+    ];
+    if input.sandbox.id_map.is_none_or(|ids| ids.length > 5) {
+        terminals.push("gid=5");
+    }
     let mut cgroup_options = vec!["nosuid", "noexec", "nodev", "relatime", kernel];
     // Version 2 has a cgroup namespace or, without one, must repeat the host's own options; for
     // version 1 the engine shows the container's own directory of each hierarchy.
@@ -133,19 +159,7 @@ fn usual(input: &SpecInput<'_>) -> Vec<Mount> {
             "tmpfs",
             &["nosuid", "strictatime", "mode=755", "size=65536k"],
         ),
-        mount(
-            "/dev/pts",
-            "devpts",
-            "devpts",
-            &[
-                "nosuid",
-                "noexec",
-                "newinstance",
-                "ptmxmode=0666",
-                "mode=0620",
-                "gid=5",
-            ],
-        ),
+        mount("/dev/pts", "devpts", "devpts", &terminals),
         mount(
             "/dev/shm",
             "bind",
@@ -159,14 +173,25 @@ fn usual(input: &SpecInput<'_>) -> Vec<Mount> {
             "mqueue",
             &["nosuid", "noexec", "nodev"],
         ),
-        mount(
-            "/sys",
-            "sysfs",
-            "sysfs",
-            &["nosuid", "noexec", "nodev", kernel],
-        ),
+        sys(input, kernel),
         mount("/sys/fs/cgroup", cgroup_type, "cgroup", &cgroup_options),
     ]
+}
+
+/// A user namespace without a network namespace of its own may not mount sysfs: the host's is
+/// shown.
+fn sys(input: &SpecInput<'_>, access: &str) -> Mount {
+    let options = ["nosuid", "noexec", "nodev"];
+    if input.sandbox.id_map.is_some() && super::is_host_network(input) {
+        let bound = ["rbind", "rprivate", "rro"];
+        return mount("/sys", "bind", "/sys", &[&bound[..], &options].concat());
+    }
+    mount(
+        "/sys",
+        "sysfs",
+        "sysfs",
+        &[&options[..], &[access]].concat(),
+    )
 }
 
 /// The sandbox's files, read-only exactly when the root is.
@@ -189,7 +214,7 @@ fn files(input: &SpecInput<'_>) -> impl Iterator<Item = Mount> {
         })
 }
 
-fn wished(wish: &MountWish, host: &HostFacts) -> Result<Mount, SpecError> {
+fn wished(wish: &MountWish, ids: Option<IdMap>, host: &HostFacts) -> Result<Mount, SpecError> {
     let field = |name: &str| format!("mounts[{}].{name}", wish.target.display());
     let target = match wish.target.to_str() {
         Some(target) => absolute("mounts.target", target)?,
@@ -240,12 +265,13 @@ fn wished(wish: &MountWish, host: &HostFacts) -> Result<Mount, SpecError> {
                 })?;
             let propagation = propagation(wish.propagation, path, facts.shared, facts.slave)?;
             let bind = if *recursive { "rbind" } else { "bind" };
-            Ok(mount(
+            let mount = mount(
                 target,
                 "bind",
                 &facts.path,
                 &[&[bind, propagation], &options[..]].concat(),
-            ))
+            );
+            Ok(mapped(mount, wish.id_map))
         }
         MountSource::Image { .. } => {
             propagation(wish.propagation, &wish.target, false, false)?;
@@ -260,7 +286,10 @@ fn wished(wish: &MountWish, host: &HostFacts) -> Result<Mount, SpecError> {
             // Nothing is below it: the mount's own flag is all there is.
             options.retain(|option| !["ro", "rro"].contains(option));
             options.push("ro");
-            image(target, dirs.unwrap_or_default(), options)
+            Ok(mapped(
+                image(target, dirs.unwrap_or_default(), options)?,
+                ids,
+            ))
         }
         MountSource::Tmpfs { size_bytes, mode } => {
             // Nothing of the host is in it that could spread.
@@ -404,6 +433,7 @@ mod tests {
             propagation: Propagation::Private,
             options: vec![],
             selinux_relabel: false,
+            id_map: None,
         }
     }
 
@@ -488,6 +518,20 @@ mod tests {
         assert_eq!(
             line(&wish, "/sys/fs/cgroup"),
             "/sys/fs/cgroup cgroup cgroup nosuid,noexec,nodev,relatime,ro"
+        );
+
+        let mut wish = Wish::new();
+        wish.sandbox.id_map = Some(crate::lifecycle::sandbox::IdMap {
+            host_uid: 1000,
+            host_gid: 1000,
+            length: 5,
+        });
+        assert!(line(&wish, "/sys").starts_with("/sys sysfs "));
+        assert!(line(&wish, "/dev/pts").ends_with(",mode=0620"));
+        wish.sandbox.network.mode = crate::network::Mode::Host;
+        assert_eq!(
+            line(&wish, "/sys"),
+            "/sys bind /sys rbind,rprivate,rro,nosuid,noexec,nodev"
         );
 
         let mut wish = Wish::new();

@@ -146,7 +146,10 @@ fn a_discarded_layer_leaves_nothing() {
 fn users_of_the_host_reach_nothing() {
     let agent = Agent::new();
     let container = ContainerId::random();
-    agent.rootfs.create_writable(&container).expect("room");
+    agent
+        .rootfs
+        .create_writable(&container, (0, 0))
+        .expect("room");
     for (path, mode) in [
         ("layers".to_owned(), 0o700),
         ("containers".to_owned(), 0o700),
@@ -168,10 +171,13 @@ fn a_writable_layer_is_measured_and_removed() {
         agent.rootfs.writable_usage(&container).expect("absent"),
         Usage::default()
     );
-    agent.rootfs.create_writable(&container).expect("room");
     agent
         .rootfs
-        .create_writable(&container)
+        .create_writable(&container, (0, 0))
+        .expect("room");
+    agent
+        .rootfs
+        .create_writable(&container, (0, 0))
         .expect("again is fine");
     let plan = agent.rootfs.plan(&container, &[]);
     assert_eq!(

@@ -20,7 +20,7 @@ use crate::id::ContainerId;
 
 fn container(agent: &Agent) -> ContainerId {
     let id = ContainerId::random();
-    agent.rootfs.create_writable(&id).expect("room");
+    agent.rootfs.create_writable(&id, (0, 0)).expect("room");
     id
 }
 

@@ -10,10 +10,10 @@ use crate::{
     id::{ContainerId, Face},
     lifecycle::{
         container::{
-            AppArmorWish, ContainerConfig, DeviceWish, LogWish, MountSource, MountWish,
+            AppArmorWish, ContainerConfig, DeviceWish, IdMapWish, LogWish, MountSource, MountWish,
             Propagation, Resources, SeccompWish, Security, UserWish,
         },
-        sandbox::{Dns, PidMode, SandboxConfig, SandboxKey},
+        sandbox::{Dns, IdMap, PidMode, SandboxConfig, SandboxKey},
         spec,
     },
     network::{Mode, PortMapping, Protocol, SandboxNetwork},
@@ -65,7 +65,7 @@ pub(super) fn sandbox_config(request: cri::RunPodSandboxRequest) -> Parsed<Sandb
     let security = linux.security_context.clone().unwrap_or_default();
     let options = security.namespace_options.clone().unwrap_or_default();
     let at = "config.linux.security_context.namespace_options";
-    user_namespace(&options, at)?;
+    let id_map = user_namespace(&options, at)?;
     if security.run_as_group.is_some() && security.run_as_user.is_none() {
         return Err(EdgeError::missing(
             "config.linux.security_context.run_as_user",
@@ -101,6 +101,7 @@ pub(super) fn sandbox_config(request: cri::RunPodSandboxRequest) -> Parsed<Sandb
             }
         },
         host_ipc,
+        id_map,
         log_directory: optional_dir("config.log_directory", &config.log_directory)?,
         handler: request.runtime_handler,
         cgroup_parent: cgroup_parent(&linux.cgroup_parent)?,
@@ -163,28 +164,101 @@ fn host_ipc(value: i32, field: &str) -> Parsed<bool> {
     }
 }
 
-/// Mode NODE without mappings is what kubelet always sends.
-fn user_namespace(options: &cri::NamespaceOption, at: &str) -> Parsed<()> {
+/// Mode NODE without mappings is what kubelet sends for a pod on the host's ids.
+///
+/// CRI: mode POD has one mapping each, which covers id 0; the host's processes and IPC can't be
+/// shared with it, its network can.
+fn user_namespace(options: &cri::NamespaceOption, at: &str) -> Parsed<Option<IdMap>> {
     let Some(user) = &options.userns_options else {
-        return Ok(());
+        return Ok(None);
     };
     let field = format!("{at}.userns_options.mode");
     match namespace_mode(user.mode, &field)? {
-        cri::NamespaceMode::Node if user.uids.is_empty() && user.gids.is_empty() => Ok(()),
+        cri::NamespaceMode::Node if user.uids.is_empty() && user.gids.is_empty() => Ok(None),
         cri::NamespaceMode::Node => Err(EdgeError::Conflict {
             field: format!("{at}.userns_options.uids"),
             other: field,
         }),
-        cri::NamespaceMode::Pod => Err(EdgeError::Unsupported {
-            feature: "user namespaces",
-            missing: "the native handler does not map ids yet",
-        }),
+        cri::NamespaceMode::Pod => {
+            for (name, mode) in [("pid", options.pid), ("ipc", options.ipc)] {
+                if mode == cri::NamespaceMode::Node as i32 {
+                    return Err(EdgeError::Conflict {
+                        field: format!("{at}.{name}"),
+                        other: field,
+                    });
+                }
+            }
+            let at = format!("{at}.userns_options");
+            id_map(&user.uids, &user.gids, [&at, "uids", "gids"]).map(Some)
+        }
         other => Err(EdgeError::invalid(
             field,
             other.as_str_name(),
             "POD or NODE",
         )),
     }
+}
+
+/// CRI: a container repeats what its sandbox has.
+fn id_map_wish(options: &cri::NamespaceOption) -> Parsed<IdMapWish> {
+    let at = "config.linux.security_context.namespace_options";
+    let map = user_namespace(options, at)?;
+    Ok(match (map, &options.userns_options) {
+        (Some(ids), _) => IdMapWish::Mapped(ids),
+        (None, Some(_)) => IdMapWish::Host,
+        (None, None) => IdMapWish::AsSandbox,
+    })
+}
+
+/// One mapping of users and one of groups, equally long; `names` are where they are and what they
+/// are called there.
+fn id_map(uids: &[cri::IdMapping], gids: &[cri::IdMapping], names: [&str; 3]) -> Parsed<IdMap> {
+    let [at, uids_name, gids_name] = names;
+    let (host_uid, length) = first_ids(uids, &format!("{at}.{uids_name}"))?;
+    let gids_field = format!("{at}.{gids_name}");
+    let (host_gid, gids_length) = first_ids(gids, &gids_field)?;
+    if gids_length != length {
+        return Err(EdgeError::invalid(
+            format!("{gids_field}[0].length"),
+            gids_length,
+            format!("{length}, the length of {uids_name}"),
+        ));
+    }
+    Ok(IdMap {
+        host_uid,
+        host_gid,
+        length,
+    })
+}
+
+fn first_ids(mappings: &[cri::IdMapping], field: &str) -> Parsed<(u32, u32)> {
+    let [mapping] = mappings else {
+        return Err(EdgeError::invalid(
+            field,
+            format!("{} mappings", mappings.len()),
+            "one mapping",
+        ));
+    };
+    if mapping.container_id != 0 {
+        return Err(EdgeError::invalid(
+            format!("{field}[0].container_id"),
+            mapping.container_id,
+            "0: the root of the pod must be mapped",
+        ));
+    }
+    // The last id means that there is none.
+    let fits = mapping
+        .host_id
+        .checked_add(mapping.length)
+        .is_some_and(|end| end < u32::MAX);
+    if mapping.length == 0 || !fits {
+        return Err(EdgeError::invalid(
+            format!("{field}[0].length"),
+            mapping.length,
+            "at least 1, ending below 4294967295 on the host",
+        ));
+    }
+    Ok((mapping.host_id, mapping.length))
 }
 
 fn hostname(name: &str, network: Mode) -> Parsed<()> {
@@ -394,6 +468,11 @@ pub(super) fn container_config(request: cri::CreateContainerRequest) -> Parsed<C
         security: security(&context)?,
         rlimits: Vec::new(),
         pid: options.as_ref().map(pid_mode).transpose()?,
+        id_map: options
+            .as_ref()
+            .map(id_map_wish)
+            .transpose()?
+            .unwrap_or_default(),
         tty: config.tty,
         stdin: config.stdin,
         stdin_once: config.stdin_once,
@@ -525,12 +604,13 @@ fn mounts(wished: &[cri::Mount]) -> Parsed<Vec<MountWish>> {
 fn mount(mount: &cri::Mount, at: &str) -> Parsed<MountWish> {
     edge::required(&format!("{at}.container_path"), &mount.container_path)?;
     edge::absolute_path(&format!("{at}.container_path"), &mount.container_path)?;
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return Err(EdgeError::Unsupported {
-            feature: "id-mapped mounts",
-            missing: "the native handler does not map ids yet",
-        });
-    }
+    let is_mapped = !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty();
+    let id_map = is_mapped
+        .then(|| {
+            let names = [at, "uidMappings", "gidMappings"];
+            id_map(&mount.uid_mappings, &mount.gid_mappings, names)
+        })
+        .transpose()?;
     let propagation = match cri::MountPropagation::try_from(mount.propagation) {
         Ok(cri::MountPropagation::PropagationPrivate) => Propagation::Private,
         Ok(cri::MountPropagation::PropagationHostToContainer) => Propagation::HostToContainer,
@@ -572,6 +652,7 @@ fn mount(mount: &cri::Mount, at: &str) -> Parsed<MountWish> {
         propagation,
         options: mount.mount_options.clone(),
         selinux_relabel: mount.selinux_relabel,
+        id_map,
     })
 }
 

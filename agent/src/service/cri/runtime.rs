@@ -672,11 +672,12 @@ impl RuntimeService for Cri {
         } else {
             HashMap::new()
         };
+        let user_namespaces = self.agent.lifecycle.id_maps.is_ok();
         let handler = |name: &str| cri::RuntimeHandler {
             name: name.into(),
             features: Some(cri::RuntimeHandlerFeatures {
                 recursive_read_only_mounts: true,
-                user_namespaces: false,
+                user_namespaces,
             }),
         };
         Ok(Response::new(cri::StatusResponse {
@@ -687,7 +688,7 @@ impl RuntimeService for Cri {
             runtime_handlers: vec![handler(""), handler(NATIVE_HANDLER)],
             features: Some(cri::RuntimeFeatures {
                 supplemental_groups_policy: true,
-                user_namespaces_host_network: false,
+                user_namespaces_host_network: user_namespaces,
                 mount_options: true,
             }),
         }))

@@ -145,7 +145,7 @@ impl NodeService for Native {
                 name: NATIVE_HANDLER.into(),
                 default: true,
                 recursive_read_only_mounts: true,
-                user_namespaces: false,
+                user_namespaces: agent.lifecycle.id_maps.is_ok(),
             }],
             data_dir: agent.config.data_dir.to_string_lossy().into_owned(),
             run_dir: agent.config.run_dir.to_string_lossy().into_owned(),

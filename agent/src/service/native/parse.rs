@@ -19,7 +19,7 @@ use crate::{
     lifecycle::{
         AttachWish, ExecWish, LifecycleChapterConfig, NATIVE_HANDLER,
         container::{
-            AppArmorWish, ContainerConfig, DeviceWish, LogWish, MountSource, MountWish,
+            AppArmorWish, ContainerConfig, DeviceWish, IdMapWish, LogWish, MountSource, MountWish,
             Propagation, Resources, RlimitWish, SeccompWish, Security, UserWish,
         },
         sandbox::{Dns, PidMode, SandboxConfig, SandboxKey},
@@ -174,6 +174,7 @@ pub(super) fn sandbox(
         network,
         pid: pid_mode(config.pid_mode)?,
         host_ipc: config.host_ipc,
+        id_map: None,
         log_directory: log_directory(&config.log_directory)?,
         handler: config.handler.clone(),
         cgroup_parent: None,
@@ -474,6 +475,7 @@ pub(super) fn container(config: pb::ContainerConfig) -> Parsed<ContainerConfig> 
             .enumerate()
             .map(|(index, limit)| rlimit(limit, &format!("config.rlimits[{index}]")))
             .collect::<Parsed<_>>()?,
+        id_map: IdMapWish::default(),
         pid: None,
         tty: config.tty,
         stdin: config.stdin,
@@ -691,6 +693,7 @@ fn mount(mount: &pb::Mount, at: &str) -> Parsed<MountWish> {
         propagation,
         options,
         selinux_relabel: false,
+        id_map: None,
     })
 }
 
