@@ -19,6 +19,7 @@ use std::{
 };
 
 use anyhow::Result;
+use longshore_tests::skip;
 
 fn sources(dir: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
     for entry in fs::read_dir(dir)? {
@@ -60,11 +61,13 @@ fn named(source: &str) -> BTreeSet<String> {
 /// Every paragraph has a test, or a reason why it has none here.
 #[test]
 fn every_paragraph_has_a_test() -> Result<()> {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("it");
+    if !tests.is_dir() {
+        skip("every_paragraph_has_a_test", "the source is not here");
+        return Ok(());
+    }
     let mut paths = Vec::new();
-    sources(
-        &Path::new(env!("CARGO_MANIFEST_DIR")).join("it"),
-        &mut paths,
-    )?;
+    sources(&tests, &mut paths)?;
     let mut shown = BTreeSet::new();
     for path in paths {
         // This file's own comments are about the form.

@@ -360,7 +360,9 @@ const CONTAINER_METRICS: &[ContainerMetric] = &[
         |r| one(r.cgroup.cpu_period_us.unwrap_or(100_000)),
     ),
     gauge("container_spec_cpu_shares", "CPU weight.", |r| {
-        one(r.cgroup.cpu_shares.unwrap_or(1024))
+        // As wished: version 2 keeps a coarser weight.
+        let wished = r.used.container.config.resources.cpu_shares;
+        one(wished.unwrap_or(1024))
     }),
     gauge(
         "container_spec_cpu_quota",
