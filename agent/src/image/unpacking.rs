@@ -53,6 +53,8 @@ pub(crate) struct ReadyLayer {
 
 enum State {
     Unpacked(LayerDir, Unpacked),
+    /// Being made durable: whoever wants it now shares it.
+    Finishing,
     /// Durable under its number; removed with the last holder.
     Finished(Layer),
     /// In the store, and no longer ours.
@@ -91,7 +93,7 @@ impl Drop for ReadyLayer {
         let state = std::mem::replace(&mut *self.state(), State::Gone);
         let rootfs = self.rootfs.clone();
         let remove: Box<dyn FnOnce() + Send> = match state {
-            State::Recorded(_) | State::Gone => return,
+            State::Finishing | State::Recorded(_) | State::Gone => return,
             State::Unpacked(dir, _) => Box::new(move || rootfs.discard_layer(dir)),
             State::Finished(layer) => Box::new(move || {
                 if let Err(error) = rootfs.remove_layer(layer.dir) {
@@ -110,7 +112,8 @@ impl Drop for ReadyLayer {
 ///
 /// The caller holds the planning lock, so no other pull finishes the same layers meanwhile.
 pub(crate) fn finish(rootfs: &Rootfs, ready: &[Arc<ReadyLayer>]) -> Result<Vec<Layer>, ImageError> {
-    if ready.iter().any(|layer| !layer.is_usable()) {
+    let lost = |layer: &Arc<ReadyLayer>| matches!(*layer.state(), State::Finishing | State::Gone);
+    if ready.iter().any(lost) {
         // Another pull's commit failed with it.
         return Err(ImageError::Cancelled);
     }
@@ -119,7 +122,7 @@ pub(crate) fn finish(rootfs: &Rootfs, ready: &[Arc<ReadyLayer>]) -> Result<Vec<L
     let mut owners = Vec::new();
     for layer in ready {
         let mut state = layer.state();
-        match std::mem::replace(&mut *state, State::Gone) {
+        match std::mem::replace(&mut *state, State::Finishing) {
             State::Unpacked(dir, unpacked) => {
                 unfinished.push((dir, unpacked));
                 owners.push(layer);
@@ -128,16 +131,21 @@ pub(crate) fn finish(rootfs: &Rootfs, ready: &[Arc<ReadyLayer>]) -> Result<Vec<L
                 records.push(record.clone());
                 *state = State::Finished(record);
             }
-            State::Recorded(record) => *state = State::Recorded(record),
-            State::Gone => {}
+            other => *state = other,
         }
     }
     if unfinished.is_empty() {
         return Ok(records);
     }
-    let finished = rootfs
-        .finish_layers(unfinished)
-        .map_err(failed("make the layers durable"))?;
+    let finished = match rootfs.finish_layers(unfinished) {
+        Ok(finished) => finished,
+        Err(error) => {
+            for layer in owners {
+                *layer.state() = State::Gone;
+            }
+            return Err(failed("make the layers durable")(error));
+        }
+    };
     for (layer, record) in owners.into_iter().zip(&finished) {
         *layer.state() = State::Finished(record.clone());
     }
