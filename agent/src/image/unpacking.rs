@@ -58,7 +58,7 @@ enum State {
     /// Durable under its number; removed with the last holder.
     Finished(Layer),
     /// In the store, and no longer ours.
-    Recorded(Layer),
+    Recorded,
     Gone,
 }
 
@@ -75,8 +75,8 @@ impl ReadyLayer {
     /// Tells that the store has it.
     pub(crate) fn recorded(&self) {
         let mut state = self.state();
-        if let State::Finished(layer) = &*state {
-            *state = State::Recorded(layer.clone());
+        if matches!(*state, State::Finished(_)) {
+            *state = State::Recorded;
         }
     }
 
@@ -93,7 +93,7 @@ impl Drop for ReadyLayer {
         let state = std::mem::replace(&mut *self.state(), State::Gone);
         let rootfs = self.rootfs.clone();
         let remove: Box<dyn FnOnce() + Send> = match state {
-            State::Finishing | State::Recorded(_) | State::Gone => return,
+            State::Finishing | State::Recorded | State::Gone => return,
             State::Unpacked(dir, _) => Box::new(move || rootfs.discard_layer(dir)),
             State::Finished(layer) => Box::new(move || {
                 if let Err(error) = rootfs.remove_layer(layer.dir) {

@@ -151,7 +151,7 @@ fn usual(input: &SpecInput<'_>) -> Vec<Mount> {
             "cgroup2"
         }
     };
-    vec![
+    let mut mounts = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
         mount(
             "/dev",
@@ -174,15 +174,28 @@ fn usual(input: &SpecInput<'_>) -> Vec<Mount> {
             &["nosuid", "noexec", "nodev"],
         ),
         sys(input, kernel),
-        mount("/sys/fs/cgroup", cgroup_type, "cgroup", &cgroup_options),
-    ]
+    ];
+    if shows_sys_of_host(input) && input.cgroup_version == CgroupVersion::V2 {
+        // The kernel mounts no file system on itself: mount(2), EBUSY.
+        mounts.push(mount("/sys/fs/cgroup", "tmpfs", "tmpfs", &["mode=755"]));
+    }
+    mounts.push(mount(
+        "/sys/fs/cgroup",
+        cgroup_type,
+        "cgroup",
+        &cgroup_options,
+    ));
+    mounts
 }
 
-/// A user namespace without a network namespace of its own may not mount sysfs: the host's is
-/// shown.
+/// A user namespace without a network namespace of its own may not mount sysfs.
+fn shows_sys_of_host(input: &SpecInput<'_>) -> bool {
+    input.sandbox.id_map.is_some() && super::is_host_network(input)
+}
+
 fn sys(input: &SpecInput<'_>, access: &str) -> Mount {
     let options = ["nosuid", "noexec", "nodev"];
-    if input.sandbox.id_map.is_some() && super::is_host_network(input) {
+    if shows_sys_of_host(input) {
         let bound = ["rbind", "rprivate", "rro"];
         return mount("/sys", "bind", "/sys", &[&bound[..], &options].concat());
     }
@@ -532,6 +545,17 @@ mod tests {
         assert_eq!(
             line(&wish, "/sys"),
             "/sys bind /sys rbind,rprivate,rro,nosuid,noexec,nodev"
+        );
+        let cgroups: Vec<_> = lines(&wish)
+            .into_iter()
+            .filter(|line| line.starts_with("/sys/fs/cgroup "))
+            .collect();
+        assert_eq!(
+            cgroups,
+            [
+                "/sys/fs/cgroup tmpfs tmpfs mode=755",
+                "/sys/fs/cgroup cgroup2 cgroup nosuid,noexec,nodev,relatime,ro"
+            ]
         );
 
         let mut wish = Wish::new();
