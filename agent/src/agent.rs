@@ -163,7 +163,11 @@ impl Agent {
             config.image.clone(),
         )?;
         let networks = Networks::new(instance.clone(), config.network.clone(), store.clone());
-        let handler = Arc::new(NativeHandler::new(&config.handler, Arc::clone(&cgroups))?);
+        let handler = Arc::new(NativeHandler::new(
+            &config.handler,
+            &config.handlers,
+            Arc::clone(&cgroups),
+        )?);
         let layers_dir = config.data_dir.join("layers");
         let id_maps = blocking::run("probe id-mapped mounts", move || {
             can_map_layers(&layers_dir)

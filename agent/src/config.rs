@@ -1,6 +1,7 @@
 //! `longshored.toml`: one table per chapter, collected. Unknown keys are refused; defaults run.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -9,8 +10,11 @@ use std::{
 use serde::Deserialize;
 
 use crate::{
-    cgroup::CgroupChapterConfig, handler::HandlerChapterConfig, image::ImageChapterConfig,
-    lifecycle::LifecycleChapterConfig, network::NetworkChapterConfig,
+    cgroup::CgroupChapterConfig,
+    handler::{HandlerChapterConfig, RuntimeConfig},
+    image::ImageChapterConfig,
+    lifecycle::LifecycleChapterConfig,
+    network::NetworkChapterConfig,
 };
 
 /// Where the file is looked for unless `--config` says otherwise; it may be missing there.
@@ -28,8 +32,10 @@ pub struct Config {
     pub server: ServerConfig,
     /// Cgroups.
     pub cgroup: CgroupChapterConfig,
-    /// Runtime handlers.
+    /// The engine of our own.
     pub handler: HandlerChapterConfig,
+    /// OCI runtimes by the names that pods give as their handler.
+    pub handlers: BTreeMap<String, RuntimeConfig>,
     /// Images.
     pub image: ImageChapterConfig,
     /// Sandboxes and containers.
@@ -46,6 +52,7 @@ impl Default for Config {
             server: ServerConfig::default(),
             cgroup: CgroupChapterConfig::default(),
             handler: HandlerChapterConfig::default(),
+            handlers: BTreeMap::new(),
             image: ImageChapterConfig::default(),
             lifecycle: LifecycleChapterConfig::default(),
             network: NetworkChapterConfig::default(),
@@ -170,9 +177,18 @@ mod tests {
     }
 
     #[test]
+    fn handlers_have_a_name_and_a_program() {
+        let config: Config =
+            toml::from_str("[handlers.mine]\nkind = 'oci'\npath = '/x'").expect("is valid");
+        let mine = config.handlers.get("mine").expect("is there");
+        assert_eq!(mine.path.as_deref(), Some(Path::new("/x")));
+    }
+
+    #[test]
     fn what_is_unknown_or_dangerous_is_refused() {
         assert!(toml::from_str::<Config>("dara_dir = '/x'").is_err());
         assert!(toml::from_str::<Config>("[network]\nbridg = 'x'").is_err());
+        assert!(toml::from_str::<Config>("[handlers.x]\nkind = 'kata'").is_err());
         let open: Config = toml::from_str("[server]\nlisten = '0.0.0.0:4000'").expect("parses");
         assert!(matches!(
             open.validate(),

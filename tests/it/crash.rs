@@ -15,7 +15,7 @@ use nix::{
 
 /// CRI contract 3.7: what lives through a restart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pods_live_through_the_death_of_the_agent() -> Result<()> {
+pub(crate) async fn pods_live_through_the_death_of_the_agent() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     let mut config = pod("lives");
@@ -146,7 +146,7 @@ async fn pods_live_through_the_death_of_the_agent() -> Result<()> {
 
 /// CRI contract 2.2: all or nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_kill_in_the_middle_leaves_all_or_nothing() -> Result<()> {
+pub(crate) async fn a_kill_in_the_middle_leaves_all_or_nothing() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     // Delays spread over the milliseconds that these calls take, so that each step is hit some day.
@@ -223,7 +223,8 @@ async fn a_kill_in_the_middle_leaves_all_or_nothing() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_kill_during_a_pull_leaves_nothing_but_what_the_next_pull_uses() -> Result<()> {
+pub(crate) async fn a_kill_during_a_pull_leaves_nothing_but_what_the_next_pull_uses() -> Result<()>
+{
     use longshore_tests::{
         images::{ImageBuilder, LayerBuilder},
         registry::{Fault, On},
@@ -269,7 +270,7 @@ async fn a_kill_during_a_pull_leaves_nothing_but_what_the_next_pull_uses() -> Re
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_orderly_end_keeps_pods_running() -> Result<()> {
+pub(crate) async fn an_orderly_end_keeps_pods_running() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     let pod = bench.run(pod("orderly")).await?;

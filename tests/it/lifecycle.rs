@@ -21,7 +21,7 @@ async fn sleeper(bench: &mut Bench, name: &str) -> Result<(Pod, String)> {
 
 /// CRI contract 3.1, 3.2, 3.4, 3.5 and 2.1: states, their times, and what removing leaves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_container_goes_through_its_states() -> Result<()> {
+pub(crate) async fn a_container_goes_through_its_states() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     let pod = bench.run(pod("states")).await?;
@@ -105,7 +105,7 @@ async fn a_container_goes_through_its_states() -> Result<()> {
 
 /// CRI contract 3.5: codes and reasons of exits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn exits_have_exact_codes_and_reasons() -> Result<()> {
+pub(crate) async fn exits_have_exact_codes_and_reasons() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("exits")).await?;
     for (text, code, reason) in [
@@ -134,7 +134,7 @@ async fn exits_have_exact_codes_and_reasons() -> Result<()> {
 
 /// CRI contract 3.2: a start that fails is an exit of code 128 with its reason.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_cannot_start_says_why() -> Result<()> {
+pub(crate) async fn what_cannot_start_says_why() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     let pod = bench.run(pod("unstartable")).await?;
@@ -184,7 +184,7 @@ async fn what_cannot_start_says_why() -> Result<()> {
 
 /// CRI contract 3.1: the table of command and args.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn command_and_args_follow_the_table() -> Result<()> {
+pub(crate) async fn command_and_args_follow_the_table() -> Result<()> {
     let mut bench = Bench::start().await?;
     let image = ImageBuilder::new(vec![longshore_tests::images::toolbox_layer()?])
         .set("Entrypoint", json!(["echo", "entry"]))
@@ -230,7 +230,7 @@ async fn command_and_args_follow_the_table() -> Result<()> {
 
 /// CRI contract 8.1: output and exit code of a command.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn exec_sync_tells_output_and_code() -> Result<()> {
+pub(crate) async fn exec_sync_tells_output_and_code() -> Result<()> {
     let mut bench = Bench::start().await?;
     let (_, id) = sleeper(&mut bench, "exec").await?;
     let response = bench
@@ -288,7 +288,7 @@ async fn exec_sync_tells_output_and_code() -> Result<()> {
 
 /// A deadline may pass at any moment of an exec: also between the wish and the shim's answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_exec_whose_caller_leaves_ends() -> Result<()> {
+pub(crate) async fn an_exec_whose_caller_leaves_ends() -> Result<()> {
     const COMMAND: [&str; 2] = ["sleep", "73505"];
     let mut bench = Bench::start().await?;
     let (_, id) = sleeper(&mut bench, "leave").await?;
@@ -323,7 +323,7 @@ async fn an_exec_whose_caller_leaves_ends() -> Result<()> {
 
 /// CRI contract 8.1: a command that runs too long.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_exec_timeout_ends_everything_it_started() -> Result<()> {
+pub(crate) async fn an_exec_timeout_ends_everything_it_started() -> Result<()> {
     let mut bench = Bench::start().await?;
     let (_, id) = sleeper(&mut bench, "timeout").await?;
     for text in [
@@ -352,7 +352,7 @@ async fn an_exec_timeout_ends_everything_it_started() -> Result<()> {
 
 /// CRI contract 8.1: a command runs as the container does.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_exec_is_confined_like_the_first_process() -> Result<()> {
+pub(crate) async fn an_exec_is_confined_like_the_first_process() -> Result<()> {
     const SHOW: &str = "grep -E '^(Cap|Seccomp:|NoNewPrivs|Groups|Uid|Gid)' /proc/self/status; \
         cat /proc/self/oom_score_adj; cat /proc/self/limits; pwd; ls -l /proc/self/fd | grep -v /proc/ | wc -l; \
         readlink /proc/self/ns/mnt /proc/self/ns/pid /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts; env | grep -v ^_= | sort";
@@ -435,7 +435,7 @@ async fn an_exec_is_confined_like_the_first_process() -> Result<()> {
 
 /// CRI contract 4.3: capabilities.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn capabilities_are_added_and_dropped() -> Result<()> {
+pub(crate) async fn capabilities_are_added_and_dropped() -> Result<()> {
     const DEFAULT: u64 = 0x0000_0000_a804_25fb;
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("caps")).await?;
@@ -476,7 +476,7 @@ async fn capabilities_are_added_and_dropped() -> Result<()> {
 
 /// CRI contract 4.6: system calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_default_seccomp_profile_filters() -> Result<()> {
+pub(crate) async fn the_default_seccomp_profile_filters() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("seccomp")).await?;
     let toolbox = bench.toolbox.clone();
@@ -524,7 +524,7 @@ async fn the_default_seccomp_profile_filters() -> Result<()> {
 
 /// CRI contract 4.1 and 4.2: users and groups.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn users_and_groups_follow_the_image_and_the_request() -> Result<()> {
+pub(crate) async fn users_and_groups_follow_the_image_and_the_request() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("users")).await?;
     let toolbox = bench.toolbox.clone();
@@ -602,7 +602,7 @@ async fn users_and_groups_follow_the_image_and_the_request() -> Result<()> {
 
 /// CRI contract 4.5 and 4.10: masked, read-only and a read-only root.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_root_can_be_read_only_and_paths_masked() -> Result<()> {
+pub(crate) async fn the_root_can_be_read_only_and_paths_masked() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("masks")).await?;
     let toolbox = bench.toolbox.clone();
@@ -630,7 +630,7 @@ async fn the_root_can_be_read_only_and_paths_masked() -> Result<()> {
 
 /// CRI contract 5.2: order, links and missing ends of mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn mounts_land_where_they_should() -> Result<()> {
+pub(crate) async fn mounts_land_where_they_should() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("mounts")).await?;
     let host = bench.node.dir().join("host");
@@ -688,7 +688,7 @@ async fn mounts_land_where_they_should() -> Result<()> {
 
 /// CRI contract 5.2: propagation.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn mount_propagation_goes_the_way_it_is_told() -> Result<()> {
+pub(crate) async fn mount_propagation_goes_the_way_it_is_told() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("propagation")).await?;
     let shared = bench.node.dir().join("shared");
@@ -734,7 +734,7 @@ async fn mount_propagation_goes_the_way_it_is_told() -> Result<()> {
 
 /// CRI contract 5.5: devices.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn devices_appear_only_when_asked_for() -> Result<()> {
+pub(crate) async fn devices_appear_only_when_asked_for() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("devices")).await?;
     let toolbox = bench.toolbox.clone();
@@ -768,7 +768,7 @@ async fn devices_appear_only_when_asked_for() -> Result<()> {
 
 /// CRI contract 6: process ids and IPC.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pid_and_ipc_namespaces_are_shared_as_asked() -> Result<()> {
+pub(crate) async fn pid_and_ipc_namespaces_are_shared_as_asked() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     for mode in [
@@ -847,7 +847,7 @@ async fn pid_and_ipc_namespaces_are_shared_as_asked() -> Result<()> {
 
 /// CRI contract 6: the process ids of a target.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_container_can_join_the_pids_of_another() -> Result<()> {
+pub(crate) async fn a_container_can_join_the_pids_of_another() -> Result<()> {
     let mut bench = Bench::start().await?;
     let (pod, target) = sleeper(&mut bench, "target").await?;
     let toolbox = bench.toolbox.clone();
@@ -877,7 +877,7 @@ async fn a_container_can_join_the_pids_of_another() -> Result<()> {
 
 /// CRI contract 2.3: kernel parameters and the host name.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sysctls_and_the_hostname_are_the_pods_own() -> Result<()> {
+pub(crate) async fn sysctls_and_the_hostname_are_the_pods_own() -> Result<()> {
     let mut bench = Bench::start().await?;
     let mut config = pod("knobs");
     config.hostname = "a-name-of-its-own".to_owned();
@@ -948,7 +948,7 @@ async fn pid_of(bench: &mut Bench, id: &str) -> Result<u64> {
 
 /// CRI contract 3.6 and 7: limits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn limits_reach_the_kernel_and_can_change() -> Result<()> {
+pub(crate) async fn limits_reach_the_kernel_and_can_change() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("limits")).await?;
     let toolbox = bench.toolbox.clone();
@@ -1025,7 +1025,7 @@ async fn limits_reach_the_kernel_and_can_change() -> Result<()> {
 
 /// CRI contract 3.5: a kill for memory is named.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn want_of_memory_is_named() -> Result<()> {
+pub(crate) async fn want_of_memory_is_named() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("oom")).await?;
     let toolbox = bench.toolbox.clone();
@@ -1045,7 +1045,7 @@ async fn want_of_memory_is_named() -> Result<()> {
 
 /// CRI contract 3.3: the stop signal, the wait, the kill.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_is_gentle_first() -> Result<()> {
+pub(crate) async fn a_stop_is_gentle_first() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("stop")).await?;
     let toolbox = bench.toolbox.clone();
@@ -1110,7 +1110,7 @@ async fn a_stop_is_gentle_first() -> Result<()> {
 
 /// CRI contract 3.3: a caller that leaves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cancelled_stop_does_not_kill() -> Result<()> {
+pub(crate) async fn a_cancelled_stop_does_not_kill() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("cancelled")).await?;
     let toolbox = bench.toolbox.clone();
@@ -1142,7 +1142,7 @@ async fn a_cancelled_stop_does_not_kill() -> Result<()> {
 
 /// CRI contract 8.4 and 8.5: lines of the log, and its rotation.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn logs_are_cut_joined_and_rotated_exactly() -> Result<()> {
+pub(crate) async fn logs_are_cut_joined_and_rotated_exactly() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("logs")).await?;
     let toolbox = bench.toolbox.clone();
@@ -1201,7 +1201,7 @@ async fn logs_are_cut_joined_and_rotated_exactly() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_terminal_is_a_terminal() -> Result<()> {
+pub(crate) async fn a_terminal_is_a_terminal() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("tty")).await?;
     let toolbox = bench.toolbox.clone();
@@ -1229,7 +1229,7 @@ async fn a_terminal_is_a_terminal() -> Result<()> {
 
 /// CRI contract 4.4: privileged.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_privileged_container_may_do_all() -> Result<()> {
+pub(crate) async fn a_privileged_container_may_do_all() -> Result<()> {
     let mut bench = Bench::start().await?;
     let mut config = pod("privileged");
     config
@@ -1255,7 +1255,7 @@ async fn a_privileged_container_may_do_all() -> Result<()> {
 
 /// CRI contract 2.3 and 3.1: names.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn names_are_unique_and_free_again() -> Result<()> {
+pub(crate) async fn names_are_unique_and_free_again() -> Result<()> {
     let mut bench = Bench::start().await?;
     let config = pod("unique");
     let first = bench.run(config.clone()).await?;
@@ -1299,7 +1299,7 @@ async fn names_are_unique_and_free_again() -> Result<()> {
 
 /// CRI contract 1.7 and 11.2: filters, of lists and of streams.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn lists_show_what_their_filters_ask_for() -> Result<()> {
+pub(crate) async fn lists_show_what_their_filters_ask_for() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     let (one, main) = sleeper(&mut bench, "one").await?;
@@ -1401,7 +1401,7 @@ async fn lists_show_what_their_filters_ask_for() -> Result<()> {
 
 /// CRI contract 11.3: statistics.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stats_tell_what_is_used() -> Result<()> {
+pub(crate) async fn stats_tell_what_is_used() -> Result<()> {
     let mut bench = Bench::start().await?;
     let pod = bench.run(pod("stats")).await?;
     let toolbox = bench.toolbox.clone();
@@ -1472,7 +1472,7 @@ async fn stats_tell_what_is_used() -> Result<()> {
 
 /// CRI contract 11.1: events.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn events_come_in_order_with_the_state_of_now() -> Result<()> {
+pub(crate) async fn events_come_in_order_with_the_state_of_now() -> Result<()> {
     use cri::ContainerEventType::{
         ContainerCreatedEvent, ContainerDeletedEvent, ContainerStartedEvent, ContainerStoppedEvent,
     };
@@ -1516,7 +1516,7 @@ async fn events_come_in_order_with_the_state_of_now() -> Result<()> {
 
 /// CRI contract 10.1: conditions.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_node_says_that_it_is_ready() -> Result<()> {
+pub(crate) async fn the_node_says_that_it_is_ready() -> Result<()> {
     let mut bench = Bench::start().await?;
     let version = bench
         .runtime
@@ -1568,7 +1568,7 @@ async fn the_node_says_that_it_is_ready() -> Result<()> {
 
 /// CRI contract 2.9: the supervisor of a pod dies.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_shim_loses_its_pod_alone() -> Result<()> {
+pub(crate) async fn a_lost_shim_loses_its_pod_alone() -> Result<()> {
     let mut bench = Bench::start().await?;
     let (lost, _) = sleeper(&mut bench, "lost").await?;
     let (kept, id) = sleeper(&mut bench, "kept").await?;

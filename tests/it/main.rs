@@ -8,6 +8,7 @@ mod cni;
 mod crash;
 mod cri;
 mod foreign;
+mod handlers;
 mod images;
 mod kubelet;
 mod lifecycle;

@@ -1,6 +1,7 @@
 //! The requests that most tests send, and what they wait for.
 
 use std::{
+    cell::Cell,
     collections::HashMap,
     fs,
     net::IpAddr,
@@ -23,6 +24,36 @@ use crate::{
 pub const WAIT_LIMIT: Duration = Duration::from_secs(60);
 
 static NEXT: AtomicU32 = AtomicU32::new(1);
+
+thread_local! {
+    static HANDLER: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// Handler of the pods of a [`Bench`]: [`with_handler`]'s, or `LONGSHORE_TEST_HANDLER`, so that every
+/// test can be run with any; empty is the default.
+fn handler() -> String {
+    HANDLER
+        .get()
+        .map(str::to_owned)
+        .or_else(|| std::env::var("LONGSHORE_TEST_HANDLER").ok())
+        .unwrap_or_default()
+}
+
+/// Runs a test whose pods have this handler: those that a [`Bench`] runs on this thread.
+pub fn with_handler<T>(handler: &'static str, test: impl FnOnce() -> T) -> T {
+    HANDLER.set(Some(handler));
+    let result = test();
+    HANDLER.set(None);
+    result
+}
+
+/// The same for a call of a [`Bench`], which is polled on one thread.
+pub async fn with_handler_async<T>(handler: &'static str, call: impl Future<Output = T>) -> T {
+    let before = HANDLER.replace(Some(handler));
+    let result = call.await;
+    HANDLER.set(before);
+    result
+}
 
 /// A number that no other call got.
 pub fn unique() -> u32 {
@@ -234,7 +265,7 @@ impl Bench {
         }
         let request = cri::RunPodSandboxRequest {
             config: Some(config.clone()),
-            ..Default::default()
+            runtime_handler: handler(),
         };
         let id = self
             .runtime

@@ -118,6 +118,10 @@ impl Shim {
             return Err(at_step("shutting down", &Errno::CANCELED.into()));
         }
         let pid_ns = self.choose_pid_ns(&create.plan)?;
+        if let Some(oci) = &create.oci {
+            self.create_oci(asker, create, oci, log, pid_ns)?;
+            return Ok(None);
+        }
         let serial = self.new_serial();
         let making = Making {
             serial,
@@ -164,6 +168,11 @@ impl Shim {
 
     fn start(&mut self, asker: Asker, named: &Named) -> Served {
         let container = self.find(&named.container_id)?;
+        if container.oci.is_some() && matches!(container.phase, Phase::Created) {
+            let serial = container.serial;
+            self.start_oci(serial, asker)?;
+            return Ok(None);
+        }
         match (&container.phase, &container.report) {
             (Phase::Created, Some(report)) => {
                 report::start(report).map_err(|error| at_step("start", &error))?;
@@ -193,6 +202,13 @@ impl Shim {
             stdout: next(ask.stdout),
             stderr: next(ask.stderr),
         };
+        if let Some(process) = &ask.oci {
+            let container = self.find(&ask.container_id)?;
+            container.running()?;
+            let serial = container.serial;
+            self.exec_oci(serial, ask, process, &stdio, asker)?;
+            return Ok(None);
+        }
         let serial = self.new_serial();
         let container = self
             .containers
@@ -286,6 +302,7 @@ impl Shim {
         }
         container.deleting = Some(asker);
         container.kill();
+        self.kill_calls(serial);
         self.finish_deleting(serial);
         Ok(None)
     }
@@ -295,6 +312,7 @@ impl Shim {
             asker,
             deadline_ns: boot_ns().saturating_add(STOP_NS),
         });
+        self.kill_all_calls();
         for exec in &self.execs {
             exec.kill();
         }
@@ -313,6 +331,7 @@ impl Shim {
         if let Some(exec) = self.execs.iter().find(|exec| exec.id == kill.exec_id) {
             exec.kill();
         }
+        self.kill_starting_exec(kill.exec_id);
         DONE
     }
 }

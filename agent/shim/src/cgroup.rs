@@ -25,7 +25,16 @@ pub(crate) fn kill(plan: &CgroupPlan) {
     }
 }
 
-fn freezer_dir(tasks: &[String]) -> Option<PathBuf> {
+/// Kills what an exec has started, if its leaf names that; without one the cgroup is all of the
+/// container's.
+pub(crate) fn kill_leaf(plan: &CgroupPlan) {
+    if !plan.v1_freezer_leaf.is_empty() || plan.v1_tasks.is_empty() {
+        kill(plan);
+    }
+}
+
+/// The freezer's directory among the `tasks` files of a plan.
+pub(crate) fn freezer_dir(tasks: &[String]) -> Option<PathBuf> {
     tasks
         .iter()
         .find(|path| path.split('/').any(|part| part == "freezer"))

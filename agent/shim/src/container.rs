@@ -17,6 +17,7 @@ use rustix::fs::{Mode, OFlags};
 use crate::cgroup;
 use crate::init::{self, ChildStdio};
 use crate::log::LogFile;
+use crate::oci::Oci;
 use crate::pod::{fork_in, namespace_bits, open_pid_ns};
 use crate::poll::{Interest, Poll, Token};
 use crate::report;
@@ -67,6 +68,8 @@ pub(crate) struct Container {
     /// The agent has committed the exit.
     pub(crate) acknowledged: bool,
     pub(crate) deleting: Option<Asker>,
+    /// Built by an OCI runtime, which is called for more than its creation.
+    pub(crate) oci: Option<Oci>,
 }
 
 /// What a container is made from.
@@ -128,17 +131,31 @@ impl Container {
             Cloned::Parent { pid, pidfd } => (pid, pidfd),
         };
         drop(childs_report);
+        let mut container = Self::building(making, owns_pid_ns);
+        container.pid = pid;
+        container.pidfd = Some(pidfd);
+        if let Err(error) = container.connect(poll, report, pipes) {
+            container.kill();
+            container.abandon(poll);
+            return Err(step(&error, "connect stdio"));
+        }
+        Ok(container)
+    }
+
+    /// One whose first process is still to come.
+    pub(crate) fn building(making: Making<'_>, owns_pid_ns: bool) -> Self {
+        let plan = making.plan;
         let log = making
             .log
             .zip(plan.log.as_ref())
             .map(|(file, log)| LogFile::new(file, log));
-        let mut container = Self {
+        Self {
             serial: making.serial,
             id: making.id.to_owned(),
             phase: Phase::Building(making.asker),
             started: false,
-            pid,
-            pidfd: Some(pidfd),
+            pid: 0,
+            pidfd: None,
             pid_ns: making.pid_ns,
             owns_pid_ns,
             cgroup: plan.cgroup.clone(),
@@ -149,13 +166,8 @@ impl Container {
             exit: None,
             acknowledged: false,
             deleting: None,
-        };
-        if let Err(error) = container.connect(poll, report, pipes) {
-            container.kill();
-            container.abandon(poll);
-            return Err(step(&error, "connect stdio"));
+            oci: None,
         }
-        Ok(container)
     }
 
     fn connect(&mut self, poll: &Poll, report: OwnedFd, pipes: Pipes) -> io::Result<()> {
@@ -278,15 +290,15 @@ pub(crate) fn open_cgroup(plan: &CgroupPlan) -> Result<Option<OwnedFd>, Failure>
 }
 
 /// Both ends of a container's stdio, without a terminal.
-#[derive(Default)]
-struct Pipes {
-    childs: ChildStdio,
-    input: Option<OwnedFd>,
-    outputs: Option<(OwnedFd, OwnedFd)>,
+#[derive(Debug, Default)]
+pub(crate) struct Pipes {
+    pub(crate) childs: ChildStdio,
+    pub(crate) input: Option<OwnedFd>,
+    pub(crate) outputs: Option<(OwnedFd, OwnedFd)>,
 }
 
 impl Pipes {
-    fn new(plan: &ContainerPlan) -> io::Result<Self> {
+    pub(crate) fn new(plan: &ContainerPlan) -> io::Result<Self> {
         if plan.process.terminal {
             return Ok(Self::default());
         }

@@ -92,10 +92,7 @@ impl Exec {
     /// Kills it and what it started.
     pub(crate) fn kill(&self) {
         let _ = pidfd::send_signal(&self.pidfd, libc::SIGKILL);
-        // Without a leaf of its own the cgroup is all of the container's.
-        if !self.cgroup.v1_freezer_leaf.is_empty() || self.cgroup.v1_tasks.is_empty() {
-            cgroup::kill(&self.cgroup);
-        }
+        cgroup::kill_leaf(&self.cgroup);
     }
 
     pub(crate) fn close_report(&mut self, poll: &Poll) {

@@ -12,6 +12,7 @@ mod exec;
 mod exit;
 mod init;
 mod log;
+mod oci;
 mod pod;
 mod poll;
 mod report;

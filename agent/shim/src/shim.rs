@@ -13,6 +13,7 @@ use crate::connection::{Connection, Hangup};
 use crate::container::{Asker, Container, Home, Phase};
 use crate::exec::Exec;
 use crate::exit::{self, Exits, boot_ns};
+use crate::oci::Call;
 use crate::pod::PodInit;
 use crate::poll::{Interest, Poll, Token};
 use crate::report::{self, Report};
@@ -33,6 +34,9 @@ pub(crate) struct Shim {
     pub(crate) exits: Exits,
     pub(crate) containers: Vec<Container>,
     pub(crate) execs: Vec<Exec>,
+    pub(crate) calls: Vec<Call>,
+    /// Children that ended while calls were under way, until one of those names them.
+    pub(crate) strays: Vec<(i32, Ended)>,
     pub(crate) pod_init: Option<PodInit>,
     pub(crate) connections: Vec<Connection>,
     pub(crate) stopping: Option<Stopping>,
@@ -76,6 +80,8 @@ impl Shim {
             exits: parts.exits,
             containers: Vec::new(),
             execs: Vec::new(),
+            calls: Vec::new(),
+            strays: Vec::new(),
             pod_init: None,
             connections: Vec::new(),
             stopping: None,
@@ -104,6 +110,7 @@ impl Shim {
                 self.dispatch(*token);
             }
             self.end_overdue_execs();
+            self.end_overdue_calls();
             self.detach_stuck_clients();
             let stopped = self.finish_stopping();
             self.flush_connections();
@@ -125,6 +132,7 @@ impl Shim {
         let until = deadlines
             .chain(stuck)
             .chain(stopping)
+            .chain(self.next_call_deadline_ns())
             .min()
             .map(|at| Duration::from_nanos(at.saturating_sub(now)));
         let quiet = self.busy.then_some(QUIET);
@@ -323,12 +331,17 @@ impl Shim {
     }
 
     fn on_end(&mut self, pid: i32, ended: Ended) {
-        if let Some(container) = self
+        if let Some(at) = self.calls.iter().position(|call| call.pid == pid) {
+            self.on_call_end(at, ended);
+        } else if let Some(container) = self
             .containers
-            .iter()
+            .iter_mut()
             .find(|container| container.pid == pid)
         {
             let serial = container.serial;
+            if Self::hold_end(container, ended) {
+                return;
+            }
             // Its last words come first: why it failed, or that it had come as far as execve.
             self.on_container_report(serial);
             // Unless it was a forerunner, whose last word was who takes its place.
@@ -346,6 +359,8 @@ impl Shim {
         } else if self.pod_init.as_ref().is_some_and(|init| init.pid == pid) {
             // All containers in its namespace end with it, each with its own exit.
             self.pod_init = None;
+        } else {
+            self.keep_stray(pid, ended);
         }
     }
 
@@ -377,7 +392,11 @@ impl Shim {
                         if let Err(error) =
                             container.stdio.set_terminal(&self.poll, terminal, input)
                         {
-                            self.give_up(serial, asker, at_step("terminal", &error));
+                            self.give_up(
+                                serial,
+                                asker,
+                                Answer::Failed(at_step("terminal", &error)),
+                            );
                             return;
                         }
                     }
@@ -385,7 +404,7 @@ impl Shim {
                 }
                 (Report::Failed(failure), Phase::Building(asker)) => {
                     let asker = *asker;
-                    self.give_up(serial, asker, failure);
+                    self.give_up(serial, asker, Answer::Failed(failure));
                     return;
                 }
                 (Report::Closed, Phase::Building(asker)) => {
@@ -393,7 +412,10 @@ impl Shim {
                     self.give_up(
                         serial,
                         asker,
-                        at_step("container's first process was killed", &no_error()),
+                        Answer::Failed(at_step(
+                            "container's first process was killed",
+                            &no_error(),
+                        )),
                     );
                     return;
                 }
@@ -423,7 +445,7 @@ impl Shim {
     }
 
     /// Forgets a container that could not be built, and says why.
-    fn give_up(&mut self, serial: u32, asker: Asker, failure: Failure) {
+    pub(crate) fn give_up(&mut self, serial: u32, asker: Asker, why: Answer) {
         if let Some(at) = self
             .containers
             .iter()
@@ -435,10 +457,10 @@ impl Shim {
                 self.done(deleting);
             }
         }
-        self.fail(asker, failure);
+        self.answer(asker, why, Vec::new());
     }
 
-    fn on_container_end(&mut self, serial: u32, ended: Ended) {
+    pub(crate) fn on_container_end(&mut self, serial: u32, ended: Ended) {
         let mut scratch = self.take_scratch();
         let container = self
             .containers
@@ -455,7 +477,8 @@ impl Shim {
             container.phase = Phase::Ended;
             container.exit = Some(status);
             container.close_report(&self.poll);
-            if container.deleting.is_none() {
+            let told = container.oci.as_ref().is_some_and(|oci| oci.unstarted);
+            if container.deleting.is_none() && !told {
                 let exited = Exited {
                     container_id: container.id.clone(),
                     status,
@@ -475,6 +498,9 @@ impl Shim {
                 && container.deleting.is_some()
                 && matches!(container.phase, Phase::Ended)
         };
+        if !self.containers.iter().any(done) || !self.let_go_of(serial) {
+            return;
+        }
         let Some(at) = self.containers.iter().position(done) else {
             return;
         };
@@ -528,10 +554,14 @@ impl Shim {
             return;
         };
         let exec = self.execs.remove(at);
+        self.tell_exec_end(exec.id, ended, exec.timed_out);
+    }
+
+    pub(crate) fn tell_exec_end(&mut self, exec_id: u64, ended: Ended, timed_out: bool) {
         self.tell(Fact::ExecExited(ExecExited {
-            exec_id: exec.id,
+            exec_id,
             status: exit::status(ended),
-            timed_out: exec.timed_out,
+            timed_out,
         }));
     }
 
@@ -559,6 +589,7 @@ impl Shim {
             return false;
         };
         let ended = self.execs.is_empty()
+            && self.calls.is_empty()
             && self.pod_init.is_none()
             && self
                 .containers

@@ -165,7 +165,7 @@ pub struct Reply {
     #[prost(uint32, tag = "1")]
     pub fds: u32,
     /// The answer.
-    #[prost(oneof = "Answer", tags = "2, 3, 4, 5")]
+    #[prost(oneof = "Answer", tags = "2, 3, 4, 5, 6")]
     pub answer: Option<Answer>,
 }
 
@@ -184,6 +184,9 @@ pub enum Answer {
     /// It did not work, and nothing of it remains.
     #[prost(message, tag = "5")]
     Failed(Failure),
+    /// An OCI runtime was called and did not do it.
+    #[prost(message, tag = "6")]
+    OciFailed(OciFailure),
 }
 
 /// What happened by itself.
@@ -277,6 +280,26 @@ pub struct Failure {
     /// The error number; 0 when no system call failed.
     #[prost(int32, tag = "2")]
     pub errno: i32,
+}
+
+/// Why an OCI runtime did not do what it was called for; nothing of it remains.
+#[derive(Clone, PartialEq, Message)]
+pub struct OciFailure {
+    /// Program and command, e.g. `runc create`.
+    #[prost(string, tag = "1")]
+    pub command: String,
+    /// What is known of its end, e.g. `exit code 1`, `no end within 60 s`.
+    #[prost(string, tag = "2")]
+    pub end: String,
+    /// What it logged: JSON lines, the last ones if there were many.
+    #[prost(bytes = "vec", tag = "3")]
+    pub log: Vec<u8>,
+    /// What it wrote to its standard error, the beginning.
+    #[prost(bytes = "vec", tag = "4")]
+    pub stderr: Vec<u8>,
+    /// It was ended because its time was over.
+    #[prost(bool, tag = "5")]
+    pub overdue: bool,
 }
 
 /// How a process ended.
@@ -398,6 +421,10 @@ pub struct Exec {
     /// A stderr descriptor is beside the frame.
     #[prost(bool, tag = "8")]
     pub stderr: bool,
+    /// Of a container that an OCI runtime built: what its `exec` is given. Of `process` only the
+    /// terminal counts then.
+    #[prost(message, optional, tag = "9")]
+    pub oci: Option<OciProcess>,
 }
 
 /// A container to build.
@@ -409,6 +436,69 @@ pub struct Create {
     /// All that is to be done, in the order of the fields of [`ContainerPlan`].
     #[prost(message, required, tag = "2")]
     pub plan: ContainerPlan,
+    /// Built by an OCI runtime instead of the engine. Of `plan` only cgroup, namespaces, rootfs,
+    /// stdin, log and the process's terminal count then.
+    #[prost(message, optional, tag = "3")]
+    pub oci: Option<OciContainer>,
+}
+
+/// A container for an OCI runtime.
+#[derive(Clone, PartialEq, Message)]
+pub struct OciContainer {
+    /// Absolute path of the runtime's program.
+    #[prost(string, tag = "1")]
+    pub program: String,
+    /// The container's own directory on the host: its bundle, and below `state` what the runtime
+    /// keeps.
+    #[prost(string, tag = "2")]
+    pub dir: String,
+    /// The bundle's `config.json`. It finds its root at `plan.rootfs.mount_point`, a pid
+    /// namespace that is not its own at `DIR/pidns`, and staged sources where `staged` says.
+    #[prost(bytes = "vec", tag = "3")]
+    pub config: Vec<u8>,
+    /// Sources whose copies still spread to the host, put where the runtime is told to find them.
+    #[prost(message, repeated, tag = "4")]
+    pub staged: Vec<Staged>,
+    /// Hierarchies that the runtime is not to see.
+    #[prost(message, repeated, tag = "5")]
+    pub hidden: Vec<HiddenHierarchy>,
+}
+
+/// A mount source that is put elsewhere for an OCI runtime.
+#[derive(Clone, PartialEq, Message)]
+pub struct Staged {
+    /// On the host.
+    #[prost(string, tag = "1")]
+    pub source: String,
+    /// With the mounts below.
+    #[prost(bool, tag = "2")]
+    pub recursive: bool,
+    /// Name below `DIR/mounts`.
+    #[prost(string, tag = "3")]
+    pub name: String,
+}
+
+/// A cgroup hierarchy that is hidden from an OCI runtime: what it starts stays where the shim has
+/// put it.
+#[derive(Clone, PartialEq, Message)]
+pub struct HiddenHierarchy {
+    /// Where it is mounted.
+    #[prost(string, tag = "1")]
+    pub mount: String,
+    /// The container's directory below it.
+    #[prost(string, tag = "2")]
+    pub dir: String,
+}
+
+/// One more process for an OCI runtime.
+#[derive(Clone, PartialEq, Message)]
+pub struct OciProcess {
+    /// The OCI process, JSON.
+    #[prost(bytes = "vec", tag = "1")]
+    pub process: Vec<u8>,
+    /// Version 2: name of the leaf below the container's cgroup; empty for none.
+    #[prost(string, tag = "2")]
+    pub leaf: String,
 }
 
 /// A container, lowered to system calls; what the OCI runtime specification calls a bundle.

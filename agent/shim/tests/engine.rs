@@ -348,6 +348,7 @@ impl Pod {
             ..Log::default()
         });
         let create = Create {
+            oci: None,
             container_id: id.into(),
             plan,
         };

@@ -72,6 +72,15 @@ pub enum CgroupError {
         /// The field of the OCI resources.
         field: &'static str,
     },
+    /// An OCI runtime would move what it starts out of the cgroup that names it: the freezer cannot
+    /// be hidden from it without hiding other controllers.
+    #[error(
+        "the freezer is mounted together with other controllers ({controllers}), which OCI runtimes need"
+    )]
+    SharedFreezer {
+        /// All of that hierarchy.
+        controllers: String,
+    },
     /// A memory limit below what is in use already.
     #[error("memory limit {limit} is below the current usage {usage}")]
     BelowUsage {

@@ -332,6 +332,45 @@ impl Cgroups {
         Ok(plan)
     }
 
+    /// Hierarchies that an OCI runtime is not to see, so that what it starts stays in the cgroups
+    /// that the shim puts it into there: the freezer, which names what an exec starts, and the
+    /// unified tree of a hybrid host, which some refuse. None on version 2.
+    ///
+    /// # Errors
+    /// `SharedFreezer` if the freezer cannot be hidden without hiding limits.
+    pub fn hidden_from_runtimes(
+        &self,
+        path: &CgroupPath,
+    ) -> Result<Vec<wire::HiddenHierarchy>, CgroupError> {
+        if self.version() == CgroupVersion::V2 {
+            return Ok(Vec::new());
+        }
+        let freezer = self.hierarchies.v1.iter().find(|one| one.has("freezer"));
+        if let Some(freezer) = freezer.filter(|one| one.controllers.len() > 1) {
+            return Err(CgroupError::SharedFreezer {
+                controllers: freezer.controllers.join(","),
+            });
+        }
+        Ok(freezer
+            .map(|freezer| &freezer.mount)
+            .into_iter()
+            .chain(&self.hierarchies.unified)
+            .map(|mount| wire::HiddenHierarchy {
+                mount: text(mount.clone()),
+                dir: text(path.below(mount)),
+            })
+            .collect())
+    }
+
+    /// The leaf of an exec as an OCI runtime is told it: relative to the container's cgroup; empty
+    /// where it stays in the leaf that the shim puts it into.
+    pub fn exec_leaf_for_runtimes(&self, exec_id: u64) -> String {
+        match self.version() {
+            CgroupVersion::V1 => String::new(),
+            CgroupVersion::V2 => format!("exec-{exec_id:x}"),
+        }
+    }
+
     /// Removes the leaf of an exec. One that still has processes, which the exec left behind,
     /// stays and goes with the container.
     pub fn remove_exec(&self, container: &CgroupPath, exec_id: u64) -> Result<(), CgroupError> {

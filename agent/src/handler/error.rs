@@ -103,9 +103,56 @@ pub enum HandlerError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The configured name of a handler cannot be one.
+    #[error("handlers.{name} {expected}")]
+    BadName {
+        /// The name.
+        name: String,
+        /// What is wrong with it, or would be valid.
+        expected: &'static str,
+    },
+    /// The program of a configured handler cannot be used.
+    #[error("handlers.{handler}: program {}", path.display())]
+    RuntimeMissing {
+        /// The handler.
+        handler: String,
+        /// Where it was looked for.
+        path: PathBuf,
+        /// Why it cannot be used.
+        source: io::Error,
+    },
+    /// The handler of a pod is not offered any more.
+    #[error("handler {handler} of sandbox {sandbox} is not known any more")]
+    UnknownHandler {
+        /// The pod.
+        sandbox: SandboxId,
+        /// Its handler.
+        handler: String,
+    },
+    /// An OCI runtime did not do what it was called for; nothing of it remains.
+    #[error("{command}: {message}")]
+    Runtime {
+        /// Program and command, e.g. `runc create`.
+        command: String,
+        /// What it said, or how it ended.
+        message: String,
+        /// What is to blame.
+        blame: Blame,
+    },
     /// A leaf for an exec could not be made.
     #[error("cgroup of an exec")]
     Cgroup(#[from] CgroupError),
+}
+
+/// What an OCI runtime's failure is to be blamed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// The command that was to be run is not there.
+    CommandNotFound,
+    /// The command that was to be run cannot be executed.
+    CommandNotExecutable,
+    /// Anything else.
+    Other,
 }
 
 impl HandlerError {

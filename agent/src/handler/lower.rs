@@ -198,7 +198,7 @@ fn refuse_unsupported(spec: &Spec, linux: &Linux) -> Result<(), HandlerError> {
     Ok(())
 }
 
-fn namespaces(
+pub(super) fn namespaces(
     wished: &[LinuxNamespace],
     pid: &PidMode,
 ) -> Result<Vec<wire::Namespace>, HandlerError> {
@@ -303,7 +303,7 @@ fn has_new(namespaces: &[wire::Namespace], kind: wire::NamespaceKind) -> bool {
     })
 }
 
-fn rootfs(root: &RootInput) -> Result<wire::Rootfs, HandlerError> {
+pub(super) fn rootfs(root: &RootInput) -> Result<wire::Rootfs, HandlerError> {
     if root.lower.is_empty() {
         return Err(bad("root", "has no layers"));
     }
@@ -537,7 +537,7 @@ fn mask(set: Option<&Capabilities>) -> u64 {
 }
 
 /// Number of a capability, as in `linux/capability.h`.
-fn number(capability: Capability) -> u32 {
+pub(super) fn number(capability: Capability) -> u32 {
     match capability {
         Capability::Chown => 0,
         Capability::DacOverride => 1,
@@ -609,7 +609,7 @@ fn bytes(texts: &[String]) -> Vec<Vec<u8>> {
     texts.iter().map(|text| text.as_bytes().to_vec()).collect()
 }
 
-fn text(field: &str, path: &Path) -> Result<String, HandlerError> {
+pub(super) fn text(field: &str, path: &Path) -> Result<String, HandlerError> {
     match path.to_str() {
         Some(text) if !text.contains('\0') => Ok(text.to_owned()),
         Some(_) => Err(bad(field, "has a NUL character")),
@@ -617,14 +617,14 @@ fn text(field: &str, path: &Path) -> Result<String, HandlerError> {
     }
 }
 
-fn bad(field: &str, reason: &'static str) -> HandlerError {
+pub(super) fn bad(field: &str, reason: &'static str) -> HandlerError {
     HandlerError::BadSpec {
         field: field.to_owned(),
         reason,
     }
 }
 
-fn unsupported(feature: &str) -> HandlerError {
+pub(super) fn unsupported(feature: &str) -> HandlerError {
     HandlerError::Unsupported {
         feature: feature.to_owned(),
     }

@@ -4,6 +4,8 @@
 //!  lifecycle -> Handler -> NativeHandler -- wire --> longshore-shim (one per pod)
 //!                            native.rs    OCI specification -> plan of system calls, pure
 //!                            seccomp.rs   OCI profile -> program, cached
+//!                            oci.rs       OCI specification -> bundle of an OCI runtime, pure
+//!                            runtimes.rs  which of those there are, and what they can
 //!                            shim.rs      one connection per pod
 //! ```
 //! A handler never stores: what it returns can be had again from the shim, by [`Handler::reconnect`].
@@ -14,6 +16,8 @@ mod default_profile;
 mod error;
 mod lower;
 mod native;
+mod oci;
+mod runtimes;
 pub mod seccomp;
 mod shim;
 #[cfg(test)]
@@ -32,8 +36,9 @@ use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
-pub use error::HandlerError;
+pub use error::{Blame, HandlerError};
 pub use native::NativeHandler;
+pub use runtimes::{Features, NATIVE, RuntimeConfig, RuntimeKind};
 
 use crate::{
     cgroup::CgroupPath,
@@ -166,6 +171,8 @@ pub trait Handler: Send + Sync + 'static {
 /// A container to build.
 #[derive(Debug)]
 pub struct CreateRequest {
+    /// Name of its pod's handler; empty is the default.
+    pub handler: String,
     /// Its pod.
     pub sandbox_id: SandboxId,
     /// Its id.
@@ -233,6 +240,8 @@ pub struct LogInput {
 /// One more process in a container.
 #[derive(Debug)]
 pub struct ExecRequest {
+    /// Name of the pod's handler; empty is the default.
+    pub handler: String,
     /// The pod.
     pub sandbox_id: SandboxId,
     /// The container.

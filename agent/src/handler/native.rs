@@ -1,7 +1,8 @@
-//! The native engine: one shim per pod, spoken to over its socket.
+//! One shim per pod, spoken to over its socket: by the native engine in it, or an OCI runtime that it
+//! calls.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs::File,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -18,8 +19,9 @@ use tokio::sync::mpsc;
 use tracing::warn;
 
 use super::{
-    CreateRequest, Exec, ExecRequest, Handler, HandlerChapterConfig, HandlerError, ShimEvent,
-    Streams, lower,
+    CreateRequest, Exec, ExecRequest, Features, Handler, HandlerChapterConfig, HandlerError,
+    NATIVE, RuntimeConfig, ShimEvent, Streams, lower, oci,
+    runtimes::{Runtime, Runtimes},
     seccomp::{Cache, Program},
     shim::{self, Shim, ShimProgram},
 };
@@ -33,12 +35,19 @@ use crate::{
 /// Events that wait for the one reader; past that each waits on its own.
 const EVENTS: usize = 1024;
 
-/// The engine in the shim.
+/// What the engine in the shim can.
+const NATIVE_FEATURES: Features = Features {
+    recursive_readonly: true,
+    user_namespaces: true,
+};
+
+/// The engine in the shim, and the OCI runtimes that shims call.
 #[derive(Debug)]
 pub struct NativeHandler {
     program: ShimProgram,
     cgroups: Arc<Cgroups>,
     profiles: Arc<Cache>,
+    runtimes: Runtimes,
     shims: Mutex<HashMap<SandboxId, Arc<Shim>>>,
     next_exec: AtomicU64,
     events: mpsc::Sender<ShimEvent>,
@@ -50,8 +59,13 @@ impl NativeHandler {
     /// replaced meanwhile, and containers cannot reach the file.
     ///
     /// # Errors
-    /// `ShimMissing` if it is neither configured nor beside the agent's own.
-    pub fn new(config: &HandlerChapterConfig, cgroups: Arc<Cgroups>) -> Result<Self, HandlerError> {
+    /// `ShimMissing` if it is neither configured nor beside the agent's own; `BadName` and
+    /// `RuntimeMissing` for configured runtimes.
+    pub fn new(
+        config: &HandlerChapterConfig,
+        runtimes: &BTreeMap<String, RuntimeConfig>,
+        cgroups: Arc<Cgroups>,
+    ) -> Result<Self, HandlerError> {
         let (events, unread) = mpsc::channel(EVENTS);
         // Ids must differ from those of earlier agents that the same shim served.
         let first_exec = u64::try_from(Time::now().unix_ns()).unwrap_or(1);
@@ -59,6 +73,7 @@ impl NativeHandler {
             program: ShimProgram::load(config.shim.as_deref())?,
             cgroups,
             profiles: Arc::new(Cache::default()),
+            runtimes: Runtimes::find(runtimes)?,
             shims: Mutex::default(),
             next_exec: AtomicU64::new(first_exec),
             events,
@@ -66,14 +81,56 @@ impl NativeHandler {
         })
     }
 
-    fn shim(&self, sandbox: &SandboxId) -> Result<Arc<Shim>, HandlerError> {
-        self.known(sandbox).ok_or_else(|| HandlerError::ShimLost {
-            sandbox: sandbox.clone(),
-            reason: "not connected".to_owned(),
-        })
+    /// Names that a pod can give as its handler, the default first.
+    pub fn known(&self) -> Vec<String> {
+        std::iter::once(NATIVE)
+            .chain(self.runtimes.iter().map(|runtime| runtime.name.as_str()))
+            .map(str::to_owned)
+            .collect()
     }
 
-    fn known(&self, sandbox: &SandboxId) -> Option<Arc<Shim>> {
+    /// Whether a pod can have this handler; empty is the default.
+    pub fn knows(&self, name: &str) -> bool {
+        ["", NATIVE].contains(&name) || self.runtimes.get(name).is_some()
+    }
+
+    /// Whether pods of this handler can have user namespaces, if the host can.
+    pub fn maps_ids(&self, name: &str) -> bool {
+        ["", NATIVE].contains(&name) && NATIVE_FEATURES.user_namespaces
+    }
+
+    /// All handlers with what each can, the default first.
+    pub async fn features(&self) -> Vec<(String, Features)> {
+        let mut all = vec![(NATIVE.to_owned(), NATIVE_FEATURES)];
+        for runtime in self.runtimes.iter() {
+            all.push((runtime.name.clone(), runtime.features().await));
+        }
+        all
+    }
+
+    /// The runtime of a pod; `None` for the engine.
+    fn runtime(&self, sandbox: &SandboxId, name: &str) -> Result<Option<&Runtime>, HandlerError> {
+        if ["", NATIVE].contains(&name) {
+            return Ok(None);
+        }
+        self.runtimes
+            .get(name)
+            .map(Some)
+            .ok_or_else(|| HandlerError::UnknownHandler {
+                sandbox: sandbox.clone(),
+                handler: name.to_owned(),
+            })
+    }
+
+    fn shim(&self, sandbox: &SandboxId) -> Result<Arc<Shim>, HandlerError> {
+        self.connected(sandbox)
+            .ok_or_else(|| HandlerError::ShimLost {
+                sandbox: sandbox.clone(),
+                reason: "not connected".to_owned(),
+            })
+    }
+
+    fn connected(&self, sandbox: &SandboxId) -> Option<Arc<Shim>> {
         let shims = self.shims.lock().expect("no panic while this lock is held");
         shims.get(sandbox).cloned()
     }
@@ -144,7 +201,7 @@ impl NativeHandler {
     }
 
     async fn end_if_silent(&self, sandbox: &SandboxId, dir: &Path) -> Result<(), HandlerError> {
-        let Some(shim) = self.known(sandbox) else {
+        let Some(shim) = self.connected(sandbox) else {
             return Ok(());
         };
         if shim.answers().await {
@@ -156,12 +213,6 @@ impl NativeHandler {
     }
 
     async fn create(&self, request: CreateRequest) -> Result<i32, HandlerError> {
-        let profile = request
-            .spec
-            .linux()
-            .as_ref()
-            .and_then(|linux| linux.seccomp().clone());
-        let seccomp = self.compile(profile).await?;
         let (log, fds) = match request.log {
             None => (None, Vec::new()),
             Some(log) => (
@@ -173,31 +224,80 @@ impl NativeHandler {
                 vec![OwnedFd::from(log.file)],
             ),
         };
-        let plan = lower::container(lower::Input {
-            spec: &request.spec,
-            env: request.env,
-            root: &request.root,
-            pid: &request.pid,
-            cgroup: self.cgroups.plan(&request.cgroup),
-            seccomp: seccomp.as_deref(),
-            log,
-            stdin: request.stdin,
-            stdin_once: request.stdin_once,
-        })?;
+        let cgroup = self.cgroups.plan(&request.cgroup);
+        let (plan, oci) = match self.runtime(&request.sandbox_id, &request.handler)? {
+            None => {
+                let profile = request
+                    .spec
+                    .linux()
+                    .as_ref()
+                    .and_then(|linux| linux.seccomp().clone());
+                let seccomp = self.compile(profile).await?;
+                let plan = lower::container(lower::Input {
+                    spec: &request.spec,
+                    env: request.env,
+                    root: &request.root,
+                    pid: &request.pid,
+                    cgroup,
+                    seccomp: seccomp.as_deref(),
+                    log,
+                    stdin: request.stdin,
+                    stdin_once: request.stdin_once,
+                })?;
+                (plan, None)
+            }
+            Some(runtime) => {
+                let lowered = oci::container(oci::Input {
+                    spec: &request.spec,
+                    env: request.env,
+                    root: &request.root,
+                    pid: &request.pid,
+                    features: runtime.features().await,
+                    held: held_capabilities(),
+                    cgroup,
+                    log,
+                    stdin: request.stdin,
+                    stdin_once: request.stdin_once,
+                })?;
+                let oci = wire::OciContainer {
+                    program: runtime.program.to_string_lossy().into_owned(),
+                    dir: lowered.dir,
+                    config: lowered.config,
+                    staged: lowered.staged,
+                    hidden: self.cgroups.hidden_from_runtimes(&request.cgroup)?,
+                };
+                (lowered.plan, Some(oci))
+            }
+        };
         let ask = Ask::Create(wire::Create {
             container_id: request.container_id.to_string(),
             plan,
+            oci,
         });
         let shim = self.shim(&request.sandbox_id)?;
-        Ok(shim.request_process(ask, fds).await?.0)
+        match shim.request_process(ask, fds).await {
+            Ok((pid, _)) => Ok(pid),
+            Err(e) => Err(oci::with_command(e, request.spec.process().as_ref())),
+        }
     }
 
     async fn exec(&self, request: ExecRequest) -> Result<Exec, HandlerError> {
         let shim = self.shim(&request.sandbox_id)?;
-        let seccomp = self.compile(request.seccomp).await?;
-        let process = lower::process(&request.process, request.env, seccomp.as_deref())?;
-        let terminal = process.terminal;
         let exec_id = self.next_exec.fetch_add(1, Ordering::Relaxed);
+        let (process, oci) = match self.runtime(&request.sandbox_id, &request.handler)? {
+            None => {
+                let seccomp = self.compile(request.seccomp).await?;
+                let process = lower::process(&request.process, request.env, seccomp.as_deref())?;
+                (process, None)
+            }
+            Some(_) => {
+                let (plan, process) =
+                    oci::process(&request.process, request.env, held_capabilities())?;
+                let leaf = self.cgroups.exec_leaf_for_runtimes(exec_id);
+                (plan, Some(wire::OciProcess { process, leaf }))
+            }
+        };
+        let terminal = process.terminal;
         let (cgroups, cgroup) = (self.cgroups.clone(), request.cgroup.clone());
         let cgroup_plan = blocking::run("make exec cgroup", move || {
             cgroups.exec_plan(&cgroup, exec_id)
@@ -232,6 +332,7 @@ impl NativeHandler {
             stdin: stdin.is_some(),
             stdout: stdout.is_some(),
             stderr: stderr.is_some(),
+            oci,
         });
         let fds = [stdin, stdout, stderr].into_iter().flatten().collect();
         match shim.request_process(ask, fds).await {
@@ -243,7 +344,7 @@ impl NativeHandler {
             }),
             Err(e) => {
                 shim.give_up_exec(exec_id);
-                Err(e)
+                Err(oci::with_command(e, Some(&request.process)))
             }
         }
     }
@@ -287,6 +388,11 @@ impl NativeHandler {
         .await
         .map(Some)
     }
+}
+
+/// What shims hold too, which are started by us.
+fn held_capabilities() -> u64 {
+    longshore_sys::caps::get().map_or(u64::MAX, |held| held.permitted)
 }
 
 fn named(container: &ContainerId) -> wire::Named {

@@ -44,7 +44,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{HandlerError, ShimEvent, ShimNews};
+use super::{HandlerError, ShimEvent, ShimNews, oci};
 use crate::{
     blocking,
     id::{ContainerId, SandboxId},
@@ -526,6 +526,7 @@ impl Shim {
             .ok_or_else(|| self.lost(format!("connection broke during {name}")))?;
         match incoming.reply.answer {
             Some(Answer::Failed(failure)) => Err(self.failed(failure, container)),
+            Some(Answer::OciFailed(failure)) => Err(oci::failure(&failure)),
             Some(answer) => Ok((answer, incoming.fds)),
             None => Err(self.lost(format!("empty answer to {name}"))),
         }

@@ -88,7 +88,10 @@ impl Node {
         let config = HandlerChapterConfig {
             shim: Some(shim.to_owned()),
         };
-        Arc::new(NativeHandler::new(&config, cgroups.clone()).expect("the shim is there"))
+        Arc::new(
+            NativeHandler::new(&config, &Default::default(), cgroups.clone())
+                .expect("the shim is there"),
+        )
     }
 
     async fn pod(&self) -> Pod {
@@ -118,6 +121,7 @@ impl Node {
             dir
         };
         CreateRequest {
+            handler: String::new(),
             sandbox_id: pod.id.clone(),
             spec: spec(process),
             env: None,
@@ -151,6 +155,7 @@ impl Node {
 
     fn exec(&self, pod: &Pod, container: &ContainerId, process: Value) -> ExecRequest {
         ExecRequest {
+            handler: String::new(),
             sandbox_id: pod.id.clone(),
             container_id: container.clone(),
             process: serde_json::from_value(process).expect("valid OCI JSON"),

@@ -238,6 +238,7 @@ impl CreateContainer {
         };
         let root = on.rootfs.plan(&self.id, &self.layers);
         let request = CreateRequest {
+            handler: on.handler_of(&self.sandbox_id)?,
             sandbox_id: self.sandbox_id.clone(),
             container_id: self.id.clone(),
             spec: self.spec.clone(),

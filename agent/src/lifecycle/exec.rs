@@ -112,6 +112,7 @@ impl Lifecycle {
         let exec = self
             .handler
             .exec(ExecRequest {
+                handler: self.handler_of(&container.sandbox_id)?,
                 sandbox_id: container.sandbox_id.clone(),
                 container_id: container.id.clone(),
                 process,

@@ -86,7 +86,7 @@ impl Default for LifecycleChapterConfig {
 }
 
 /// Name of the engine of our own, and the default.
-pub const NATIVE_HANDLER: &str = "native";
+pub use crate::handler::NATIVE as NATIVE_HANDLER;
 
 /// The chapter: what its verbs work on.
 pub struct Lifecycle {
@@ -176,6 +176,18 @@ impl Lifecycle {
     }
 
     /// Where a container's root is put together, inside its own mount namespace.
+    /// Name of a pod's handler: its containers are run by that.
+    pub(crate) fn handler_of(&self, sandbox: &SandboxId) -> Result<String, LifecycleError> {
+        self.store
+            .snapshot()
+            .get::<sandbox::Sandbox>(sandbox.as_str())
+            .map(|sandbox| sandbox.config.handler.clone())
+            .ok_or_else(|| LifecycleError::NotFound {
+                kind: "sandbox",
+                id: sandbox.to_string(),
+            })
+    }
+
     pub(crate) fn mount_point(&self, sandbox: &SandboxId, container: &ContainerId) -> PathBuf {
         self.sandbox_dir(sandbox)
             .join("containers")

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Lifecycle, LifecycleError, NATIVE_HANDLER, files,
+    Lifecycle, LifecycleError, files,
     sandbox::{Sandbox, SandboxConfig, SandboxState},
 };
 use crate::{
@@ -14,13 +14,14 @@ use crate::{
     cgroup::{CgroupDriver, CgroupPath},
     clock::Time,
     event::{EventDraft, EventKind},
-    handler::Handler as _,
+    handler::{Features, Handler as _},
     id::SandboxId,
     network::{
         Attachment, Mode, NetworkPlan,
         cni::{Cached, PodFacts},
     },
     operation::{Context, OnRestart, Operation, OperationKey, Over, Subject},
+    rootfs::IdMapsMissing,
     store::{Changes, Snapshot},
 };
 
@@ -34,18 +35,18 @@ impl Lifecycle {
         self: &Arc<Self>,
         config: SandboxConfig,
     ) -> Result<SandboxId, LifecycleError> {
-        if !["", NATIVE_HANDLER].contains(&config.handler.as_str()) {
+        if !self.handler.knows(&config.handler) {
             return Err(LifecycleError::UnknownHandler {
                 name: config.handler,
-                known: vec![NATIVE_HANDLER.into()],
+                known: self.handler.known(),
             });
         }
         if config.id_map.is_some()
-            && let Err(missing) = &self.id_maps
+            && let Err(source) = self.maps_ids(&config.handler)
         {
             return Err(LifecycleError::UserNamespaces {
                 handler: config.handler,
-                source: missing.clone(),
+                source,
             });
         }
         self.networks.prepare(&config.network).await?;
@@ -55,6 +56,22 @@ impl Lifecycle {
             planned: None,
         };
         Ok(self.operations.run(run, Arc::clone(self)).await?)
+    }
+
+    fn maps_ids(&self, handler: &str) -> Result<(), IdMapsMissing> {
+        if !self.handler.maps_ids(handler) {
+            return Err(IdMapsMissing::Handler);
+        }
+        self.id_maps.clone()
+    }
+
+    /// All handlers with what each can on this host, the default first.
+    pub async fn handlers(&self) -> Vec<(String, Features)> {
+        let mut all = self.handler.features().await;
+        for (_, features) in &mut all {
+            features.user_namespaces &= self.id_maps.is_ok();
+        }
+        all
     }
 }
 

@@ -5,7 +5,7 @@ use std::{fmt, fs, path::Path, sync::Arc};
 use crate::{
     cgroup::{CgroupFinding, Cgroups},
     config::Config,
-    handler::NativeHandler,
+    handler::{HandlerError, NativeHandler},
     id::InstanceId,
     network::{self, Networks},
     rootfs::{IdMapsMissing, can_map_layers},
@@ -176,6 +176,7 @@ fn user_namespaces(data_dir: &Path) -> Option<Finding> {
         "user namespaces",
         format!("sandboxes can't have any: {}", chain(&missing)),
         match missing {
+            IdMapsMissing::Handler => "use the handler \"native\"",
             IdMapsMissing::Namespaces { .. } => "raise sysctl user.max_user_namespaces",
             IdMapsMissing::Kernel { .. } => "boot a newer kernel",
             IdMapsMissing::FileSystem { .. } => "put data_dir on ext4, xfs or btrfs",
@@ -212,9 +213,26 @@ fn cgroups(config: &Config) -> Vec<Finding> {
         "",
     )];
     findings.extend(cgroups.findings().iter().map(cgroup_finding));
-    if let Err(error) = NativeHandler::new(&config.handler, Arc::clone(&cgroups)) {
-        let remedy = "install longshore-shim beside longshored, or set handler.shim";
-        findings.push(Finding::new(Severity::Error, "shim", chain(&error), remedy));
+    match NativeHandler::new(&config.handler, &config.handlers, Arc::clone(&cgroups)) {
+        Ok(handler) => findings.push(Finding::new(
+            Severity::Info,
+            "handlers",
+            handler.known().join(", "),
+            "",
+        )),
+        Err(error @ (HandlerError::RuntimeMissing { .. } | HandlerError::BadName { .. })) => {
+            let remedy = "install it, or correct the [handlers] of longshored.toml";
+            findings.push(Finding::new(
+                Severity::Error,
+                "handlers",
+                chain(&error),
+                remedy,
+            ));
+        }
+        Err(error) => {
+            let remedy = "install longshore-shim beside longshored, or set handler.shim";
+            findings.push(Finding::new(Severity::Error, "shim", chain(&error), remedy));
+        }
     }
     if let Err(error) = cgroups.leave() {
         findings.push(Finding::new(

@@ -14,7 +14,7 @@ use super::edge::EdgeError;
 use crate::{
     cgroup::CgroupError,
     event::EventError,
-    handler::HandlerError,
+    handler::{Blame, HandlerError},
     image::ImageError,
     lifecycle::{
         LifecycleError,
@@ -157,9 +157,10 @@ impl ToStatus for LifecycleError {
                     .fact("state", state)
                     .fact("required", wanted)
             }
-            Self::UnknownHandler { name, .. } => {
+            Self::UnknownHandler { name, known } => {
                 Verdict::new(Code::InvalidArgument, ErrorReason::UnknownHandler)
                     .fact("handler", name)
+                    .fact("known", known.join(", "))
                     .fact("field", "runtime_handler")
             }
             Self::UserNamespaces { handler, .. } => {
@@ -487,6 +488,10 @@ impl ToStatus for CgroupError {
                     .fact("feature", format!("cgroup controller {controller}"))
                     .fact("field", field)
             }
+            Self::SharedFreezer { .. } => {
+                Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
+                    .fact("feature", "a freezer hierarchy of its own")
+            }
             Self::Refused { value, .. } => {
                 Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
                     .fact("field", "linux.resources")
@@ -529,6 +534,26 @@ impl ToStatus for HandlerError {
             }
             Self::Seccomp { .. } => Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
                 .fact("field", "config.linux.security_context.seccomp"),
+            Self::BadName { name, .. } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::UnknownHandler)
+                    .fact("handler", name)
+            }
+            Self::RuntimeMissing { handler, .. } | Self::UnknownHandler { handler, .. } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::UnknownHandler)
+                    .fact("handler", handler)
+            }
+            Self::Runtime { command, blame, .. } => {
+                let (code, reason) = match blame {
+                    Blame::CommandNotFound => (Code::NotFound, ErrorReason::CommandNotFound),
+                    Blame::CommandNotExecutable => {
+                        (Code::FailedPrecondition, ErrorReason::CommandNotExecutable)
+                    }
+                    Blame::Other => (Code::Internal, ErrorReason::System),
+                };
+                Verdict::new(code, reason)
+                    .fact("step", command)
+                    .fact("errno", 0)
+            }
             Self::Cgroup(error) => error.verdict(),
         }
     }

@@ -58,6 +58,8 @@ pub(crate) const TESTS: &[Package] = &[
     program("procps", "ps"),
     program("libcap2-bin", "capsh"),
     program("util-linux", "unshare"),
+    program("runc", "runc"),
+    program("crun", "crun"),
     Package {
         name: "containernetworking-plugins",
         there: Probe::File("/usr/lib/cni/bridge"),

@@ -27,6 +27,7 @@ mod namespaces;
 mod program;
 pub(crate) mod reaper;
 mod root;
+pub(crate) mod runtime;
 mod settings;
 pub(crate) mod terminal;
 mod user;

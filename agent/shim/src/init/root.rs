@@ -29,7 +29,7 @@ impl Sources {
     /// process's own, with the host's rights.
     pub(super) fn mount_layers(&mut self, plan: &ContainerPlan) -> Step<()> {
         mounts::open_overlays(plan, &mut self.binds)?;
-        self.overlay = Some(overlay(&plan.rootfs)?);
+        self.overlay = Some(mount_root(&plan.rootfs)?);
         Ok(())
     }
 
@@ -74,7 +74,7 @@ pub(super) fn build(plan: &ContainerPlan, mut sources: Sources) -> Step<OwnedFd>
     Ok(root)
 }
 
-fn overlay(rootfs: &Rootfs) -> Step<OwnedFd> {
+pub(super) fn mount_root(rootfs: &Rootfs) -> Step<OwnedFd> {
     let writable =
         (!rootfs.upper.is_empty()).then(|| (Path::new(&rootfs.upper), Path::new(&rootfs.work)));
     let overlay = Overlay {

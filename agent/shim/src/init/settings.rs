@@ -104,7 +104,7 @@ fn own_null() -> Option<OwnedFd> {
         .flatten()
 }
 
-fn replace_stdio(fds: [&OwnedFd; 3]) -> io::Result<()> {
+pub(super) fn replace_stdio(fds: [&OwnedFd; 3]) -> io::Result<()> {
     rustix::stdio::dup2_stdin(fds[0])?;
     rustix::stdio::dup2_stdout(fds[1])?;
     rustix::stdio::dup2_stderr(fds[2])?;

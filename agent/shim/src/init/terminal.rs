@@ -59,7 +59,7 @@ pub(crate) fn size(width: u32, height: u32) -> Winsize {
 
 /// Looks that it is devpts's multiplexer and nothing that an image has put in its place: what is
 /// written to this descriptor is written with our rights.
-fn verify_multiplexer(fd: &OwnedFd) -> io::Result<()> {
+pub(crate) fn verify_multiplexer(fd: &OwnedFd) -> io::Result<()> {
     let found = rustix::fs::fstat(fd)?;
     let is_multiplexer = FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice
         && found.st_rdev == rustix::fs::makedev(5, 2)

@@ -13,9 +13,7 @@ use super::{
 use crate::{
     cgroup::CgroupDriver,
     id::Face,
-    lifecycle::{
-        LifecycleError, NATIVE_HANDLER, container::Container, sandbox::Sandbox, stats::ContainerUse,
-    },
+    lifecycle::{LifecycleError, container::Container, sandbox::Sandbox, stats::ContainerUse},
     service::{
         edge::{self, EdgeError},
         status::ToStatus,
@@ -672,23 +670,30 @@ impl RuntimeService for Cri {
         } else {
             HashMap::new()
         };
-        let user_namespaces = self.agent.lifecycle.id_maps.is_ok();
-        let handler = |name: &str| cri::RuntimeHandler {
-            name: name.into(),
-            features: Some(cri::RuntimeHandlerFeatures {
-                recursive_read_only_mounts: true,
-                user_namespaces,
-            }),
-        };
+        let mut handlers = self.agent.lifecycle.handlers().await;
+        // The first is the default, which CRI knows by an empty name.
+        if let Some((_, features)) = handlers.first() {
+            handlers.insert(0, (String::new(), *features));
+        }
+        let runtime_handlers = handlers
+            .into_iter()
+            .map(|(name, features)| cri::RuntimeHandler {
+                name,
+                features: Some(cri::RuntimeHandlerFeatures {
+                    recursive_read_only_mounts: features.recursive_readonly,
+                    user_namespaces: features.user_namespaces,
+                }),
+            })
+            .collect();
         Ok(Response::new(cri::StatusResponse {
             status: Some(cri::RuntimeStatus {
                 conditions: vec![runtime, network],
             }),
             info,
-            runtime_handlers: vec![handler(""), handler(NATIVE_HANDLER)],
+            runtime_handlers,
             features: Some(cri::RuntimeFeatures {
                 supplemental_groups_policy: true,
-                user_namespaces_host_network: user_namespaces,
+                user_namespaces_host_network: self.agent.lifecycle.id_maps.is_ok(),
                 mount_options: true,
             }),
         }))

@@ -50,8 +50,8 @@ pub(super) enum NativeError {
     #[error("operation {id} was cancelled")]
     Cancelled { id: String },
     /// No such handler.
-    #[error("handler {handler:?} is not configured")]
-    NoHandler { handler: String },
+    #[error("handler {handler:?} is not known; known are {}", known.join(", "))]
+    NoHandler { handler: String, known: Vec<String> },
     /// Somebody else wants the image.
     #[error("image {image} is kept by {holder}")]
     Protected { image: String, holder: String },
@@ -138,8 +138,9 @@ impl ToStatus for NativeError {
             Self::Cancelled { id } => {
                 Verdict::new(Code::Cancelled, ErrorReason::Cancelled).fact("operation_id", id)
             }
-            Self::NoHandler { handler } => invalid(ErrorReason::UnknownHandler)
+            Self::NoHandler { handler, known } => invalid(ErrorReason::UnknownHandler)
                 .fact("handler", handler)
+                .fact("known", known.join(", "))
                 .fact("field", "config.handler"),
             Self::Protected { image, holder } => {
                 Verdict::new(Code::FailedPrecondition, ErrorReason::ImageProtected)
@@ -160,6 +161,13 @@ impl ToStatus for NativeError {
 
 /// A refused configuration: chapters name fields in CRI's words, or their own.
 pub(super) fn refused_config(error: &LifecycleError) -> Status {
+    if let LifecycleError::UnknownHandler { name, known } = error.root() {
+        return NativeError::NoHandler {
+            handler: name.clone(),
+            known: known.clone(),
+        }
+        .to_status();
+    }
     let field = match error.root() {
         LifecycleError::Spec(error) => spec_field(error),
         LifecycleError::Network(NetworkError::PortInvalid { index, .. }) => {

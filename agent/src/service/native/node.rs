@@ -141,12 +141,18 @@ impl NodeService for Native {
                 CgroupVersion::V2 => pb::CgroupVersion::V2,
             }
             .into(),
-            handlers: vec![pb::Handler {
-                name: NATIVE_HANDLER.into(),
-                default: true,
-                recursive_read_only_mounts: true,
-                user_namespaces: agent.lifecycle.id_maps.is_ok(),
-            }],
+            handlers: agent
+                .lifecycle
+                .handlers()
+                .await
+                .into_iter()
+                .map(|(name, features)| pb::Handler {
+                    default: name == NATIVE_HANDLER,
+                    name,
+                    recursive_read_only_mounts: features.recursive_readonly,
+                    user_namespaces: features.user_namespaces,
+                })
+                .collect(),
             data_dir: agent.config.data_dir.to_string_lossy().into_owned(),
             run_dir: agent.config.run_dir.to_string_lossy().into_owned(),
             started_at: Some(render::timestamp(self.started_at)),

@@ -17,7 +17,7 @@ use crate::{
     id::Face,
     image::{ImageRef, Platform, RegistryAuth, Secret},
     lifecycle::{
-        AttachWish, ExecWish, LifecycleChapterConfig, NATIVE_HANDLER,
+        AttachWish, ExecWish, LifecycleChapterConfig,
         container::{
             AppArmorWish, ContainerConfig, DeviceWish, IdMapWish, LogWish, MountSource, MountWish,
             Propagation, Resources, RlimitWish, SeccompWish, Security, UserWish,
@@ -142,12 +142,7 @@ pub(super) fn sandbox(
     labels(&config.labels, &config.annotations)?;
     let network = network(config.network.as_ref())?;
     hostname(&config.hostname, network.mode)?;
-    if !["", NATIVE_HANDLER].contains(&config.handler.as_str()) {
-        edge::text("config.handler", &config.handler, 128)?;
-        return Err(NativeError::NoHandler {
-            handler: config.handler,
-        });
-    }
+    edge::text("config.handler", &config.handler, 128)?;
     let name = if config.name.is_empty() {
         spare_name()
     } else {
@@ -1272,7 +1267,6 @@ mod tests {
                     | EdgeError::Conflict { field, .. },
                 ),
             ) => field,
-            Err(NativeError::NoHandler { .. }) => "config.handler".to_owned(),
             Err(other) => panic!("{other:?}"),
         }
     }
@@ -1393,7 +1387,7 @@ mod tests {
                 |c| c.log_directory = "/a/../b".to_owned(),
                 "config.log_directory",
             ),
-            (|c| c.handler = "kata".to_owned(), "config.handler"),
+            (|c| c.handler = "h".repeat(129), "config.handler"),
         ];
         for (number, (change, expected)) in cases.iter().enumerate() {
             assert_eq!(field(run(*change)), *expected, "case {number}");
