@@ -380,7 +380,8 @@ impl Shim {
                 (Report::Born(pid, pidfd), Phase::Building(asker)) => {
                     let asker = *asker;
                     if let Err(error) = container.succeed(pid, pidfd) {
-                        self.give_up(serial, asker, at_step("pid namespace", &error));
+                        let why = Answer::Failed(at_step("pid namespace", &error));
+                        self.give_up(serial, asker, why);
                         return;
                     }
                 }
