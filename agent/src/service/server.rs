@@ -167,6 +167,8 @@ type Layered = Stack<DeadlineLayer, Stack<CatchPanicLayer<DefaultResponseForPani
 fn server(config: Option<&ServerConfig>) -> Result<Server<Layered>, ServeError> {
     let mut server = Server::builder()
         .tcp_nodelay(true)
+        // Many short deadlines on one connection that pass at once, on a busy host, are no attack.
+        .http2_max_pending_accept_reset_streams(Some(1024))
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)));
     if let Some(tls) = config.and_then(|config| config.tls.as_ref()) {
         server = server.tls_config(tls_config(tls)?)?;

@@ -29,7 +29,7 @@ impl Sources {
     /// process's own, with the host's rights.
     pub(super) fn mount_layers(&mut self, plan: &ContainerPlan) -> Step<()> {
         mounts::open_overlays(plan, &mut self.binds)?;
-        self.overlay = Some(mount_root(&plan.rootfs)?);
+        self.overlay = Some(overlay(&plan.rootfs)?);
         Ok(())
     }
 
@@ -74,7 +74,7 @@ pub(super) fn build(plan: &ContainerPlan, mut sources: Sources) -> Step<OwnedFd>
     Ok(root)
 }
 
-pub(super) fn mount_root(rootfs: &Rootfs) -> Step<OwnedFd> {
+pub(super) fn overlay(rootfs: &Rootfs) -> Step<OwnedFd> {
     let writable =
         (!rootfs.upper.is_empty()).then(|| (Path::new(&rootfs.upper), Path::new(&rootfs.work)));
     let overlay = Overlay {
@@ -106,7 +106,7 @@ pub(super) fn mount_overlay(overlay: &Overlay<'_>, point: &Path) -> io::Result<O
     }
 }
 
-fn attach_root(rootfs: &Rootfs, overlay: &OwnedFd) -> Step<OwnedFd> {
+pub(super) fn attach_root(rootfs: &Rootfs, overlay: &OwnedFd) -> Step<OwnedFd> {
     let point = Path::new(&rootfs.mount_point);
     let attached = rustix::fs::open(point, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         .map_err(io::Error::from)

@@ -124,7 +124,7 @@ fn mount_all(invocation: &Invocation<'_>) -> Step<()> {
     let Some(bundle) = bundle else {
         return Ok(());
     };
-    root::mount_root(bundle.rootfs)?;
+    root::attach_root(bundle.rootfs, &root::overlay(bundle.rootfs)?)?;
     for (staged, tree) in bundle.staged.iter().zip(&sources) {
         at(
             stage(&bundle.dir.join("mounts"), &staged.name, tree),
