@@ -466,8 +466,12 @@ async fn ptp_and_macvlan_serve_pods_too() -> Result<()> {
     );
     serve(&mut bench, &first).await?;
     for address in addresses.clone() {
-        let page = fetch_page(bench.machine(), SocketAddr::new(address, 8080))?;
-        assert!(page.contains("Hello from by-ptp"), "{page}");
+        // The plugin does not wait until its end of the link may use its IPv6 address.
+        wait_for("the pod to be reached", async || {
+            let page = fetch_page(bench.machine(), SocketAddr::new(address, 8080));
+            Ok(page.is_ok_and(|page| page.contains("Hello from by-ptp")))
+        })
+        .await?;
     }
     // The next one by name serves the pods after it.
     folders.remove("20-ptp.conf")?;

@@ -888,7 +888,7 @@ mod tests {
         let pty = fs::File::options()
             .read(true)
             .write(true)
-            .open("/dev/ptmx")
+            .open("/dev/pts/ptmx")
             .expect("a terminal");
         let null = fs::File::open("/dev/null").expect("a device");
         for (sent, accepted) in [(&pty, true), (&null, false)] {
