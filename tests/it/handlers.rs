@@ -11,23 +11,38 @@ use longshore_tests::{
 };
 use tonic::Code;
 
-/// Runs a test with pods of another handler.
-fn with(handler: &'static str, name: &str, test: fn() -> Result<()>) -> Result<()> {
+/// Runs a test with pods of another handler, if that is here and says that it has what is needed.
+fn with(handler: &'static str, needs: &str, name: &str, test: fn() -> Result<()>) -> Result<()> {
     if !host::can_run(handler, &["--version"]) {
         skip(name, &format!("{handler} is not installed"));
+        return Ok(());
+    }
+    if !needs.is_empty() && !features(handler)?.contains(needs) {
+        skip(
+            name,
+            &format!("this {handler} does not say that it has {needs}"),
+        );
         return Ok(());
     }
     pods::with_handler(handler, test)
 }
 
+/// What a runtime says of itself; nothing where it is too old for that.
+fn features(handler: &str) -> Result<String> {
+    let said = std::process::Command::new(handler)
+        .arg("features")
+        .output()?;
+    Ok(String::from_utf8_lossy(&said.stdout).into_owned())
+}
+
 macro_rules! with_handler {
-    ($handler:ident, $($file:ident::$test:ident)*) => {
-        mod $handler {
+    ($module:ident, $handler:ident, $needs:literal, $($file:ident::$test:ident)*) => {
+        mod $module {
             $(
                 #[test]
                 fn $test() -> anyhow::Result<()> {
                     let name = concat!(stringify!($handler), "::", stringify!($test));
-                    super::with(stringify!($handler), name, crate::$file::$test)
+                    super::with(stringify!($handler), $needs, name, crate::$file::$test)
                 }
             )*
         }
@@ -36,9 +51,24 @@ macro_rules! with_handler {
 
 macro_rules! with_all_handlers {
     ($($file:ident::$test:ident)*) => {
-        with_handler!(runc, $($file::$test)*);
-        with_handler!(crun, $($file::$test)*);
+        with_handler!(runc, runc, "", $($file::$test)*);
+        with_handler!(crun, crun, "", $($file::$test)*);
     };
+}
+
+macro_rules! with_user_namespaces {
+    ($($file:ident::$test:ident)*) => {
+        with_handler!(mapped_by_runc, runc, "\"user\"", $($file::$test)*);
+        with_handler!(mapped_by_crun, crun, "\"user\"", $($file::$test)*);
+    };
+}
+
+with_user_namespaces! {
+    user_namespaces::root_of_a_pod_is_root_inside_and_nobody_outside
+    user_namespaces::volumes_are_mapped_only_where_that_is_asked
+    user_namespaces::what_comes_from_images_has_the_owners_that_it_has_there
+    user_namespaces::users_terminals_and_limits_are_those_of_the_namespace
+    user_namespaces::a_killed_agent_finds_the_pod_again
 }
 
 with_all_handlers! {
@@ -96,13 +126,13 @@ async fn the_node_lists_its_handlers_and_refuses_others_by_their_names() -> Resu
     let expected: BTreeSet<_> = ["", "native"].into_iter().chain(installed()).collect();
     assert_eq!(listed, expected);
     for handler in &status.runtime_handlers {
-        let features = handler.features.context("features")?;
-        assert_eq!(
-            features.recursive_read_only_mounts,
-            tells_recursive_readonly(&handler.name)?,
-            "{}",
-            handler.name
-        );
+        let told = handler.features.context("features")?;
+        // The engine can always; of a runtime, what it says itself.
+        let own = ["", "native"].contains(&&*handler.name);
+        let says = |what| Ok::<_, anyhow::Error>(own || features(&handler.name)?.contains(what));
+        let name = &handler.name;
+        assert_eq!(told.recursive_read_only_mounts, says("\"rro\"")?, "{name}");
+        assert_eq!(told.user_namespaces, says("\"user\"")?, "{name}");
     }
     let refused = bench
         .runtime
@@ -117,18 +147,6 @@ async fn the_node_lists_its_handlers_and_refuses_others_by_their_names() -> Resu
         assert!(refused.message().contains(name), "{refused:?}");
     }
     bench.finish().await
-}
-
-/// What the runtime itself says; the engine always can.
-fn tells_recursive_readonly(handler: &str) -> Result<bool> {
-    if ["", "native"].contains(&handler) {
-        return Ok(true);
-    }
-    let said = std::process::Command::new(handler)
-        .arg("features")
-        .output()?;
-    let said = String::from_utf8_lossy(&said.stdout).into_owned();
-    Ok(said.contains("\"rro\""))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -71,7 +71,7 @@ fn upper(bench: &Bench, container: &str) -> PathBuf {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn root_of_a_pod_is_root_inside_and_nobody_outside() -> Result<()> {
+pub(crate) async fn root_of_a_pod_is_root_inside_and_nobody_outside() -> Result<()> {
     let mut bench = Bench::start().await?;
     let layer = LayerBuilder::new().file("secret", 0o600, "of root").build();
     let toolbox = longshore_tests::images::toolbox_layer()?;
@@ -175,7 +175,7 @@ async fn status_tells_the_map_and_the_support() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn volumes_are_mapped_only_where_that_is_asked() -> Result<()> {
+pub(crate) async fn volumes_are_mapped_only_where_that_is_asked() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     let pod = bench.run(mapped(pod("volumes"))).await?;
@@ -240,7 +240,7 @@ async fn volumes_are_mapped_only_where_that_is_asked() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_comes_from_images_has_the_owners_that_it_has_there() -> Result<()> {
+pub(crate) async fn what_comes_from_images_has_the_owners_that_it_has_there() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = longshore_tests::images::toolbox_layer()?;
     let base = LayerBuilder::new()
@@ -289,7 +289,7 @@ async fn what_comes_from_images_has_the_owners_that_it_has_there() -> Result<()>
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn users_terminals_and_limits_are_those_of_the_namespace() -> Result<()> {
+pub(crate) async fn users_terminals_and_limits_are_those_of_the_namespace() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     let pod = bench.run(mapped(pod("users"))).await?;
@@ -432,7 +432,7 @@ async fn shared_pids_and_the_hosts_network_work_as_well() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_agent_finds_the_pod_again() -> Result<()> {
+pub(crate) async fn a_killed_agent_finds_the_pod_again() -> Result<()> {
     let mut bench = Bench::start().await?;
     let toolbox = bench.toolbox.clone();
     let pod = bench.run(mapped(pod("found"))).await?;

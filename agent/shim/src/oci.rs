@@ -33,7 +33,7 @@ use crate::report::{self, Report};
 use crate::shim::{Shim, at_step};
 use crate::wire::{
     self, Answer, CgroupPlan, Failure, HiddenHierarchy, NamespaceFrom, NamespaceKind, OciFailure,
-    Process,
+    Process, ProcessPlan, UserNamespace,
 };
 
 /// Most that is kept of what a runtime says.
@@ -129,6 +129,7 @@ struct Calling<'a> {
     named: Vec<&'a OwnedFd>,
     freezer_tasks: Option<String>,
     bundle: Option<Bundle<'a>>,
+    user: Option<(&'a UserNamespace, &'a ProcessPlan)>,
     /// Version 2 directory to be born into.
     cgroup_dir: Option<OwnedFd>,
 }
@@ -176,6 +177,10 @@ impl Shim {
                 pid_ns: pid_ns.as_ref().map(AsFd::as_fd),
             }),
             cgroup_dir: unified_beside_v1(&plan.cgroup)?,
+            user: plan
+                .user_namespace
+                .as_ref()
+                .map(|user| (user, &plan.process)),
         })?;
         let serial = self.new_serial();
         let making = Making {
@@ -250,8 +255,12 @@ impl Shim {
         args.extend(Console::args(console.as_ref()));
         args.push(id);
         let target = Console::target(console.as_ref());
+        let user = self
+            .by_serial(container)
+            .and_then(|container| container.user_namespace.clone());
         let call = self.call(Calling {
             args,
+            user: user.as_ref().map(|user| (user, &ask.process)),
             stdio,
             named: target.into_iter().chain([&file]).collect(),
             freezer_tasks: freezer_tasks(&ask.cgroup),
@@ -602,6 +611,7 @@ impl Shim {
             stdio: calling.stdio,
             named: &named,
             bundle: calling.bundle,
+            user: calling.user,
         };
         let namespaces = namespace_bits(libc::CLONE_NEWNS);
         let cgroup_dir = calling.cgroup_dir.as_ref().map(AsFd::as_fd);
@@ -654,6 +664,7 @@ impl<'a> Calling<'a> {
             named: Vec::new(),
             freezer_tasks: None,
             bundle: None,
+            user: None,
             cgroup_dir: None,
         }
     }

@@ -456,7 +456,8 @@ pub struct OciContainer {
     /// namespace that is not its own at `DIR/pidns`, and staged sources where `staged` says.
     #[prost(bytes = "vec", tag = "3")]
     pub config: Vec<u8>,
-    /// Sources whose copies still spread to the host, put where the runtime is told to find them.
+    /// Mounts whose sources the runtime can't take by itself, put where it is told to find them:
+    /// what still spreads to the host, and all that comes from the host into a user namespace.
     #[prost(message, repeated, tag = "4")]
     pub staged: Vec<Staged>,
     /// Hierarchies that the runtime is not to see.
@@ -467,14 +468,11 @@ pub struct OciContainer {
 /// A mount source that is put elsewhere for an OCI runtime.
 #[derive(Clone, PartialEq, Message)]
 pub struct Staged {
-    /// On the host.
-    #[prost(string, tag = "1")]
-    pub source: String,
-    /// With the mounts below.
-    #[prost(bool, tag = "2")]
-    pub recursive: bool,
+    /// A bind mount, or an overlay of layers; its target plays no part.
+    #[prost(message, required, tag = "1")]
+    pub mount: Mount,
     /// Name below `DIR/mounts`.
-    #[prost(string, tag = "3")]
+    #[prost(string, tag = "2")]
     pub name: String,
 }
 

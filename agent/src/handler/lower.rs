@@ -246,7 +246,7 @@ pub(super) fn namespaces(
 }
 
 /// One that exists: containers of a pod share the one that owns its other namespaces.
-fn user_namespace(linux: &Linux) -> Result<Option<wire::UserNamespace>, HandlerError> {
+pub(super) fn user_namespace(linux: &Linux) -> Result<Option<wire::UserNamespace>, HandlerError> {
     let uid_mappings = id_mappings(linux.uid_mappings().as_deref());
     let gid_mappings = id_mappings(linux.gid_mappings().as_deref());
     let mut wished = linux.namespaces().iter().flatten();
@@ -389,7 +389,10 @@ fn meaning(option: &str) -> Meaning {
     }
 }
 
-fn mount(mount: &Mount, user: Option<&wire::UserNamespace>) -> Result<wire::Mount, HandlerError> {
+pub(super) fn mount(
+    mount: &Mount,
+    user: Option<&wire::UserNamespace>,
+) -> Result<wire::Mount, HandlerError> {
     let target = text("mounts.destination", mount.destination())?;
     if !target.starts_with('/') {
         return Err(bad("mounts.destination", "is not absolute"));

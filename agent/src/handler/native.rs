@@ -95,8 +95,11 @@ impl NativeHandler {
     }
 
     /// Whether pods of this handler can have user namespaces, if the host can.
-    pub fn maps_ids(&self, name: &str) -> bool {
-        ["", NATIVE].contains(&name) && NATIVE_FEATURES.user_namespaces
+    pub async fn maps_ids(&self, name: &str) -> bool {
+        match self.runtimes.get(name) {
+            None => NATIVE_FEATURES.user_namespaces,
+            Some(runtime) => runtime.features().await.user_namespaces,
+        }
     }
 
     /// All handlers with what each can, the default first.

@@ -2,7 +2,9 @@
 //!
 //! The specification stays as it is, but for what the shim does by itself: the root is put together
 //! where the runtime finds it, limits are set on the cgroup already, namespaces of the pod have a
-//! path. What spreads mounts to the host is taken from where the shim has put it.
+//! path. What spreads mounts to the host is taken from where the shim has put it, and so is all that
+//! a pod with a user namespace has of the host: the shim maps its owners, and no path to it must be
+//! open to the pod's root.
 
 use std::path::Path;
 
@@ -61,14 +63,16 @@ pub(super) fn container(input: Input<'_>) -> Result<Lowered, HandlerError> {
         .parent()
         .ok_or_else(|| bad("root", "has no directory of its own"))?;
     let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| bad("process", "is missing"))?;
     let plan = wire::ContainerPlan {
         cgroup: input.cgroup,
         namespaces: lower::namespaces(namespaces, input.pid)?,
+        user_namespace: lower::user_namespace(&linux)?,
         rootfs,
-        process: wire::ProcessPlan {
-            terminal: is_terminal(spec.process().as_ref()),
-            ..wire::ProcessPlan::default()
-        },
+        process: process_plan(process),
         stdin: input.stdin,
         stdin_once: input.stdin_once,
         log: input.log,
@@ -78,12 +82,8 @@ pub(super) fn container(input: Input<'_>) -> Result<Lowered, HandlerError> {
     let mounts = spec.mounts().clone().unwrap_or_default();
     let mounts = mounts
         .into_iter()
-        .map(|mount| stage(mount, dir, &mut staged))
+        .map(|mount| stage(mount, plan.user_namespace.as_ref(), dir, &mut staged))
         .collect::<Result<Vec<_>, _>>()?;
-    let process = spec
-        .process()
-        .as_ref()
-        .ok_or_else(|| bad("process", "is missing"))?;
     let process = fitted_process(process, input.env, input.held)?;
     if let Some(root) = spec.root_mut() {
         root.set_path(input.root.mount_point.clone());
@@ -115,11 +115,7 @@ pub(super) fn process(
     held: u64,
 ) -> Result<(wire::ProcessPlan, Vec<u8>), HandlerError> {
     let process = fitted_process(process, env, held)?;
-    let plan = wire::ProcessPlan {
-        terminal: is_terminal(Some(&process)),
-        ..wire::ProcessPlan::default()
-    };
-    Ok((plan, json(&process)))
+    Ok((process_plan(&process), json(&process)))
 }
 
 /// What to make of a runtime's failure.
@@ -169,8 +165,14 @@ fn logged(lines: &[u8]) -> Option<String> {
         .rfind(|said| !said.is_empty())
 }
 
-fn is_terminal(process: Option<&Process>) -> bool {
-    process.and_then(Process::terminal).unwrap_or(false)
+/// What of a process is the shim's matter.
+fn process_plan(process: &Process) -> wire::ProcessPlan {
+    wire::ProcessPlan {
+        terminal: process.terminal().unwrap_or(false),
+        uid: process.user().uid(),
+        gid: process.user().gid(),
+        ..wire::ProcessPlan::default()
+    }
 }
 
 fn json(value: &impl serde::Serialize) -> Vec<u8> {
@@ -266,7 +268,10 @@ fn refuse_unsupported(spec: &Spec, linux: &Linux, features: Features) -> Result<
     for (is_set, feature) in [
         // A container may go without its runtime being asked.
         (has_poststop, "hooks.poststop"),
-        (has(LinuxNamespaceType::User), "user namespaces"),
+        (
+            has(LinuxNamespaceType::User) && !features.user_namespaces,
+            "user namespaces",
+        ),
         (has(LinuxNamespaceType::Time), "time namespaces"),
         (
             has_recursive_readonly && !features.recursive_readonly,
@@ -307,28 +312,37 @@ fn fitted(mut linux: Linux, pid: &PidMode, dir: &Path) -> Linux {
     linux
 }
 
-/// A source that spreads to the host is cloned by the shim while that is possible.
+/// A source that spreads to the host is cloned by the shim while that is possible, and what a user
+/// namespace has of the host is put together with the host's rights.
 fn stage(
     mut mount: Mount,
+    user: Option<&wire::UserNamespace>,
     dir: &Path,
     staged: &mut Vec<wire::Staged>,
 ) -> Result<Mount, HandlerError> {
-    let options = mount.options().clone().unwrap_or_default();
+    let mut options = mount.options().clone().unwrap_or_default();
     let has = |name: &str| options.iter().any(|option| option == name);
-    if !(has("shared") || has("rshared")) || !(has("bind") || has("rbind")) {
+    let is_bind = has("bind") || has("rbind");
+    let is_overlay = mount.typ().as_deref() == Some("overlay");
+    let spreads = has("shared") || has("rshared");
+    if !(is_bind && spreads || user.is_some() && (is_bind || is_overlay)) {
         return Ok(mount);
     }
-    let source = mount
-        .source()
-        .as_ref()
-        .ok_or_else(|| bad("mounts.source", "is missing"))?;
     let name = staged.len().to_string();
     staged.push(wire::Staged {
-        source: lower::text("mounts.source", source)?,
-        recursive: has("rbind"),
+        mount: lower::mount(&mount, user)?,
         name: name.clone(),
     });
-    mount.set_source(Some(dir.join("mounts").join(name)));
+    if is_overlay {
+        options.retain(|option| !option.starts_with("lowerdir="));
+        options.push("bind".to_owned());
+    }
+    mount
+        .set_typ(Some("bind".to_owned()))
+        .set_source(Some(dir.join("mounts").join(name)))
+        .set_options(Some(options))
+        .set_uid_mappings(None)
+        .set_gid_mappings(None);
     Ok(mount)
 }
 
@@ -412,12 +426,11 @@ mod tests {
         );
         assert_eq!(config["mounts"][0]["source"], "/run/x/c/mounts/0");
         assert_eq!(config["mounts"][1]["source"], "/s");
-        let staged = wire::Staged {
-            source: "/s".to_owned(),
-            recursive: true,
-            name: "0".to_owned(),
+        let [staged] = &lowered.staged[..] else {
+            panic!("{:?}", lowered.staged);
         };
-        assert_eq!(lowered.staged, [staged]);
+        assert_eq!((&*staged.mount.source, &*staged.name), ("/s", "0"));
+        assert!(staged.mount.recursive);
     }
 
     #[test]

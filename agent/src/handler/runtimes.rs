@@ -225,12 +225,18 @@ fn parse(said: &[u8]) -> Result<Features, serde_json::Error> {
     #[serde(default, rename_all = "camelCase")]
     struct Said {
         mount_options: Vec<String>,
+        linux: Linux,
+    }
+    #[derive(Default, Deserialize)]
+    #[serde(default, rename_all = "camelCase")]
+    struct Linux {
+        namespaces: Vec<String>,
     }
     let said: Said = serde_json::from_slice(said)?;
     Ok(Features {
         recursive_readonly: said.mount_options.iter().any(|option| option == "rro"),
-        // Roots of pods with mapped ids are put together by the engine only.
-        user_namespaces: false,
+        // Owners are mapped by the shim: all that the runtime must do is to join.
+        user_namespaces: said.linux.namespaces.iter().any(|one| one == "user"),
     })
 }
 

@@ -42,7 +42,7 @@ impl Lifecycle {
             });
         }
         if config.id_map.is_some()
-            && let Err(source) = self.maps_ids(&config.handler)
+            && let Err(source) = self.maps_ids(&config.handler).await
         {
             return Err(LifecycleError::UserNamespaces {
                 handler: config.handler,
@@ -58,8 +58,8 @@ impl Lifecycle {
         Ok(self.operations.run(run, Arc::clone(self)).await?)
     }
 
-    fn maps_ids(&self, handler: &str) -> Result<(), IdMapsMissing> {
-        if !self.handler.maps_ids(handler) {
+    async fn maps_ids(&self, handler: &str) -> Result<(), IdMapsMissing> {
+        if !self.handler.maps_ids(handler).await {
             return Err(IdMapsMissing::Handler);
         }
         self.id_maps.clone()

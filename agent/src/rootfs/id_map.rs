@@ -14,8 +14,8 @@ const OVERLAY: (u32, u32) = (5, 19);
 /// Why no sandbox of this host can have a user namespace.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum IdMapsMissing {
-    /// The sandbox has another handler than the engine of this agent.
-    #[error("only the handler \"native\" has them")]
+    /// The sandbox's handler is an OCI runtime that does not say that it has them.
+    #[error("this handler's program does not say that it has them (its command `features`)")]
     Handler,
     /// None can be made.
     #[error("no user namespace can be made (sysctl user.max_user_namespaces is {limit})")]

@@ -204,6 +204,7 @@ fn enter_user(
     let namespace = user::open(user)?;
     let namespace = namespace.as_fd();
     let mut sources = root::open_sources(plan, Some(namespace))?;
+    user::unshare_mounts()?;
     user::map_layers(&plan.rootfs, namespace)?;
     sources.mount_layers(plan)?;
     let cgroup = open_cgroup(&plan.cgroup)?;

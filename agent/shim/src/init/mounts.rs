@@ -9,7 +9,7 @@ use longshore_sys::path::{self, Missing};
 use rustix::fs::{CWD, FileType};
 
 use super::{Step, at, resolve, root, user};
-use crate::wire::{ContainerPlan, Mount, NamespaceFrom, NamespaceKind, Propagation};
+use crate::wire::{ContainerPlan, Mount, NamespaceFrom, NamespaceKind, Propagation, Rootfs};
 
 fn is_bind(mount: &Mount) -> bool {
     mount.fs_type.is_empty()
@@ -66,12 +66,16 @@ fn open_source(mount: &Mount) -> io::Result<OwnedFd> {
 
 /// Mounts the overlays among them as detached trees, with their final attributes: their layers can
 /// be reached with the host's rights only. In a mount namespace of this process's own.
-pub(super) fn open_overlays(plan: &ContainerPlan, sources: &mut [Option<OwnedFd>]) -> Step<()> {
-    for (mount, source) in plan.mounts.iter().zip(sources) {
+pub(super) fn open_overlays(
+    mounts: &[Mount],
+    rootfs: &Rootfs,
+    sources: &mut [Option<OwnedFd>],
+) -> Step<()> {
+    for (mount, source) in mounts.iter().zip(sources) {
         if mount.fs_type == "overlay"
             && let Some(lower) = lower_dirs(&mount.data)
         {
-            let tree = open_overlay(mount, &lower, Path::new(&plan.rootfs.mount_point));
+            let tree = open_overlay(mount, &lower, Path::new(&rootfs.mount_point));
             *source = Some(at(tree, || format!("mount {}", mount.target))?);
         }
     }

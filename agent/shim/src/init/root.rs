@@ -28,7 +28,7 @@ impl Sources {
     /// Mounts what consists of layers: the root, and images as volumes. In a mount namespace of this
     /// process's own, with the host's rights.
     pub(super) fn mount_layers(&mut self, plan: &ContainerPlan) -> Step<()> {
-        mounts::open_overlays(plan, &mut self.binds)?;
+        mounts::open_overlays(&plan.mounts, &plan.rootfs, &mut self.binds)?;
         self.overlay = Some(overlay(&plan.rootfs)?);
         Ok(())
     }

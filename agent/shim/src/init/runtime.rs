@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   session, cgroup of the freezer
-//!   clone the sources that spread to the host
+//!   clone the sources that the runtime can't take by itself
 //!   mounts slave, hide hierarchies
 //!   create only: root, staged sources, pid namespace, config.json
 //!   stdio, execve
@@ -14,16 +14,18 @@ use std::convert::Infallible;
 use std::ffi::CString;
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use longshore_sys::mount::{self, PropagationFlags};
 use longshore_sys::{fd, path, proc};
-use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 
-use super::{ChildStdio, NeverReturn, Step, at, close_foreign_fds, end, root, settings};
-use crate::wire::{HiddenHierarchy, Rootfs, Staged};
+use super::{
+    ChildStdio, NeverReturn, Step, at, close_foreign_fds, end, mounts, root, settings, user,
+};
+use crate::wire::{HiddenHierarchy, Mount, ProcessPlan, Rootfs, Staged, UserNamespace};
 
 /// Where runtimes find the helpers that they call themselves.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -43,6 +45,8 @@ pub(crate) struct Invocation<'a> {
     /// Descriptors that the arguments name by number.
     pub(crate) named: &'a [BorrowedFd<'a>],
     pub(crate) bundle: Option<Bundle<'a>>,
+    /// Who shall own its stdio, if the container has a user namespace.
+    pub(crate) user: Option<(&'a UserNamespace, &'a ProcessPlan)>,
 }
 
 /// What `create` needs.
@@ -90,6 +94,9 @@ fn become_runtime(invocation: &Invocation<'_>) -> Step<Infallible> {
     )?;
     mount_all(invocation)?;
     let stdio = invocation.stdio;
+    if let Some((user, process)) = invocation.user {
+        user::give_stdio(user, process, stdio);
+    }
     let given = [&stdio.stdin, &stdio.stdout, &stdio.stderr];
     at(
         settings::replace_stdio(given.map(|fd| fd.as_ref().unwrap_or(&null))),
@@ -104,16 +111,17 @@ fn become_runtime(invocation: &Invocation<'_>) -> Step<Infallible> {
 fn mount_all(invocation: &Invocation<'_>) -> Step<()> {
     let bundle = invocation.bundle.as_ref();
     // Cloned while they are still peers of the host's: a clone of a slave could not spread back.
-    let sources = bundle
+    let staged: Vec<Mount> = bundle
         .iter()
         .flat_map(|bundle| bundle.staged)
-        .map(|staged| {
-            at(
-                mount::clone_tree(CWD, &staged.source, staged.recursive),
-                || format!("open {}", staged.source),
-            )
-        })
-        .collect::<Step<Vec<_>>>()?;
+        .map(|staged| staged.mount.clone())
+        .collect();
+    let user_ns = bundle
+        .and(invocation.user)
+        .map(|(user, _)| user::open(user))
+        .transpose()?;
+    let user_ns = user_ns.as_ref().map(AsFd::as_fd);
+    let mut sources = mounts::open_sources(&staged, user_ns)?;
     at(
         mount::set_propagation("/", PropagationFlags::DOWNSTREAM | PropagationFlags::REC),
         || "make mounts slave".into(),
@@ -124,12 +132,17 @@ fn mount_all(invocation: &Invocation<'_>) -> Step<()> {
     let Some(bundle) = bundle else {
         return Ok(());
     };
+    if let Some(user_ns) = user_ns {
+        user::map_layers(bundle.rootfs, user_ns)?;
+    }
+    mounts::open_overlays(&staged, bundle.rootfs, &mut sources)?;
     root::attach_root(bundle.rootfs, &root::overlay(bundle.rootfs)?)?;
-    for (staged, tree) in bundle.staged.iter().zip(&sources) {
-        at(
-            stage(&bundle.dir.join("mounts"), &staged.name, tree),
-            || format!("stage {}", staged.source),
-        )?;
+    let place = bundle.dir.join("mounts");
+    for (staged, tree) in bundle.staged.iter().zip(sources) {
+        let put = tree
+            .ok_or_else(|| io::ErrorKind::InvalidInput.into())
+            .and_then(|tree| stage(&place, &staged.name, &tree));
+        at(put, || format!("stage {}", staged.mount.source))?;
     }
     if let Some(pid_ns) = bundle.pid_ns {
         at(bind_pid_ns(bundle.dir, pid_ns), || {

@@ -40,24 +40,33 @@ pub(super) fn open(user: &UserNamespace) -> Step<OwnedFd> {
 /// What of a process's settings only the host may give.
 pub(super) fn prepare(user: &UserNamespace, process: &ProcessPlan, stdio: &ChildStdio) -> Step<()> {
     settings::raise_limits(process)?;
+    give_stdio(user, process, stdio);
+    Ok(())
+}
+
+/// Makes the process the owner of its stdio, as seen from the host.
+pub(super) fn give_stdio(user: &UserNamespace, process: &ProcessPlan, stdio: &ChildStdio) {
     let uid = outside(&user.uids(), process.uid);
     let gid = outside(&user.gids(), process.gid);
     if let (Some(uid), Some(gid)) = (uid, gid) {
         stdio.give_to(Uid::from_raw(uid), Gid::from_raw(gid));
     }
-    Ok(())
 }
 
-/// Covers the layers with a view of themselves in which the pod's root owns what id 0 owns on
-/// disk. Only this process's own mounts change.
-pub(super) fn map_layers(rootfs: &Rootfs, namespace: BorrowedFd<'_>) -> Step<()> {
+/// Leaves the host's mounts.
+pub(super) fn unshare_mounts() -> Step<()> {
     // SAFETY: this process has one thread.
     let made = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
     at(made, || "unshare mount".into())?;
     let down = mount::PropagationFlags::DOWNSTREAM | mount::PropagationFlags::REC;
     at(mount::set_propagation("/", down), || {
         "make mounts slave".into()
-    })?;
+    })
+}
+
+/// Covers the layers with a view of themselves in which the pod's root owns what id 0 owns on
+/// disk. In a mount namespace of this process's own.
+pub(super) fn map_layers(rootfs: &Rootfs, namespace: BorrowedFd<'_>) -> Step<()> {
     let cover = || -> std::io::Result<()> {
         let tree = mount::clone_tree(CWD, &rootfs.layers_dir, false)?;
         let private = mount::Attributes {
