@@ -4,8 +4,8 @@ use crate::{
     Client, Error,
     proto::{
         Container, Image, Lease, ListContainersRequest, ListImagesRequest, ListLeasesRequest,
-        ListNetworksRequest, ListOperationsRequest, ListSandboxesRequest, Network, Operation,
-        Sandbox,
+        ListNetworksRequest, ListOperationsRequest, ListRemoteImagesRequest, ListSandboxesRequest,
+        Network, Operation, RemoteImage, Sandbox,
     },
 };
 
@@ -45,6 +45,8 @@ lists! {
     all_sandboxes(ListSandboxesRequest) -> Sandbox: lifecycle.list_sandboxes.sandboxes;
     /// All containers that match, newest first.
     all_containers(ListContainersRequest) -> Container: lifecycle.list_containers.containers;
+    /// All images that remotes offer and that match, by remote and distribution.
+    all_remote_images(ListRemoteImagesRequest) -> RemoteImage: images.list_remote_images.images;
     /// All images that match, by id.
     all_images(ListImagesRequest) -> Image: images.list_images.images;
     /// All networks, by name.

@@ -14,6 +14,7 @@ mod kubelet;
 mod lifecycle;
 mod native;
 mod network;
+mod remotes;
 mod systemd;
 mod tidy;
 mod tree;

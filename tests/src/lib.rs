@@ -4,6 +4,7 @@
 //!  Machine   a network and a mount namespace of its own, standing for a host
 //!   +- Node      a real longshored in it, with its own directories; killed, restarted, stopped
 //!   +- Registry  our OCI registry, listening on the machine's loopback
+//!   +- Remote    our server of distributions' images, beside it
 //!  Host      what the kernel and the disk hold of all that, before and after
 //!  Pods      the requests that most tests send, and what they wait for
 //! ```
@@ -26,6 +27,7 @@ pub mod machine;
 pub mod node;
 pub mod pods;
 pub mod registry;
+pub mod remote;
 
 /// Chooses the TLS provider; harmless when repeated.
 pub fn init() {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 use super::source::hosts::HostsConfig;
+use super::source::remotes::RemotesConfig;
 use super::source::rounds::Timing;
 use crate::rootfs::Limits;
 
@@ -14,6 +15,8 @@ use crate::rootfs::Limits;
 pub struct ImageChapterConfig {
     /// Registries and mirrors, by host.
     pub hosts: HostsConfig,
+    /// Servers of distributions' images, by name.
+    pub remotes: RemotesConfig,
     /// Layers of one pull that are fetched and unpacked at once; at least 1.
     pub parallel_layers: usize,
     /// How long connecting to a registry may take.
@@ -44,6 +47,7 @@ impl Default for ImageChapterConfig {
         let limits = Limits::default();
         ImageChapterConfig {
             hosts: HostsConfig::default(),
+            remotes: RemotesConfig::default(),
             parallel_layers: 4,
             connect_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),

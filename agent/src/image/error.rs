@@ -169,6 +169,54 @@ pub enum ImageError {
         /// Why.
         source: LayerError,
     },
+    /// The root tree of a system container's image could not be unpacked.
+    #[error("cannot unpack the root tree")]
+    Root {
+        /// Why.
+        source: LayerError,
+    },
+    /// The root tree comes in a form that this agent does not read.
+    #[error(
+        "the root tree comes as {packing}, which this agent does not read: it reads tar, as it is or as gzip, xz, lzma or zstd"
+    )]
+    RootPacking {
+        /// Which form.
+        packing: String,
+    },
+    /// The root tree has nothing that could be its first process.
+    #[error("the root tree has no init: /sbin/init is not there, or leads to no file")]
+    NoInit,
+    /// No remote has this name.
+    #[error(
+        "no remote `{name}` is configured in image.remotes; there {}",
+        Remotes(known)
+    )]
+    UnknownRemote {
+        /// As asked for.
+        name: String,
+        /// Those that are.
+        known: Vec<String>,
+    },
+    /// A remote can't be used as it is configured.
+    #[error("image.remotes.{remote}: {reason}")]
+    RemoteConfig {
+        /// Which table.
+        remote: String,
+        /// What is wrong there.
+        reason: String,
+    },
+    /// A server of images answered with something else than the index that it should have.
+    #[error("{url} is no {expected}: {reason}; it begins with \"{begins}\"")]
+    BadIndex {
+        /// What was asked for.
+        url: String,
+        /// What should be there, e.g. `simplestreams index`.
+        expected: &'static str,
+        /// What is wrong with it.
+        reason: String,
+        /// Its first bytes, escaped.
+        begins: String,
+    },
     /// The directories of layers refused.
     #[error("cannot {action}")]
     Rootfs {
@@ -243,6 +291,17 @@ impl fmt::Display for Attempts<'_> {
             write!(f, "{separator}{endpoint}: {reason}")?;
         }
         Ok(())
+    }
+}
+
+struct Remotes<'a>(&'a [String]);
+
+impl fmt::Display for Remotes<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [] => f.write_str("is none"),
+            known => write!(f, "are: {}", known.join(", ")),
+        }
     }
 }
 

@@ -149,6 +149,8 @@ pub(crate) enum Compression {
     None,
     Gzip,
     Zstd,
+    /// Also the older lzma; no layer of a registry has it.
+    Xz,
 }
 
 /// One layer as the manifest names it.

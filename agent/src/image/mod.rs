@@ -2,9 +2,12 @@
 //!
 //! ```text
 //! pull_image     resolve -> fetch + unpack all layers while they stream -> commit
-//!   source/      registries, mirrors, credentials           (the network)
+//!   source/      registries, mirrors, credentials, remotes  (the network)
+//!   system/      distributions' images: root trees that become images of one layer
 //!   stream       partial blob, channel, hash, decompress    (a blocking lane)
 //!   unpacking    each layer once, whoever wants it          (rootfs)
+//! list_remote_images   what remotes offer
+//! import_image   files that a caller sends
 //! remove_image   names, record, and layers that nobody else uses
 //! gc             the same for what nobody asked for, with reasons
 //! content        manifests, configurations, partial blobs   (blobs/)
@@ -19,7 +22,9 @@ mod error;
 mod gc;
 #[allow(clippy::module_inception)] // the record, named for what it is
 mod image;
+mod import_image;
 mod lease;
+mod list_remote_images;
 mod manifest;
 mod progress;
 mod pull_image;
@@ -27,6 +32,7 @@ mod reference;
 mod remove_image;
 mod source;
 mod stream;
+mod system;
 mod unpacking;
 
 #[cfg(test)]
@@ -34,6 +40,7 @@ mod tests;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, Weak};
 
 use bytes::Bytes;
@@ -42,6 +49,8 @@ pub use self::config::ImageChapterConfig;
 pub use self::error::{EndpointFailure, ImageError};
 pub use self::gc::{PruneRequest, Pruned, PrunedKind};
 pub use self::image::{Image, ImageConfig};
+pub use self::import_image::{ImportRequest, ImportSizes, Imported};
+pub use self::list_remote_images::{RemoteFilter, RemoteImage};
 pub use self::manifest::{Platform, PlatformError};
 pub use self::progress::{LayerProgress, LayerState, PullProgress, PullStage};
 pub use self::pull_image::{Pull, PullRequest, Pulled, RunningPull};
@@ -49,11 +58,17 @@ pub use self::reference::{ImageRef, RefPart, ReferenceError};
 pub use self::remove_image::{Removal, RemoveRequest};
 pub use self::source::auth::{AuthError, AuthParts, RegistryAuth, Secret};
 pub use self::source::hosts::{HostConfig, HostsConfig};
+pub use self::source::remotes::{Protocol, RemoteConfig, RemotesConfig};
+pub use self::system::SYSTEM_LABEL;
+pub use self::system::metadata::Template;
+pub use self::system::reference::{Reference, RemoteRef};
 
 use self::content::Content;
 use self::lease::Leases;
 use self::pull_image::{PullKey, Running};
+use self::source::http::Http;
 use self::source::registry::Registries;
+use self::source::remotes::Remotes;
 use self::unpacking::Unpacking;
 use crate::blocking;
 use crate::event::{EventDraft, EventKind};
@@ -78,6 +93,7 @@ struct Inner {
     rootfs: Rootfs,
     content: Arc<Content>,
     registries: Arc<Registries>,
+    remotes: Remotes,
     config: ImageChapterConfig,
     data_dir: PathBuf,
     /// Held from looking at records to having changed them.
@@ -88,6 +104,8 @@ struct Inner {
     /// keep removals and commits out of it.
     unpackers: tokio::sync::Semaphore,
     pulls: Mutex<HashMap<PullKey, Weak<Running>>>,
+    /// Imports under way.
+    imports: AtomicUsize,
 }
 
 /// Who counts on images and their layers, beside the images themselves.
@@ -129,7 +147,7 @@ impl Images {
     /// Opens the images of `data_dir`; blocking. Call [`Images::recover`] before the first pull.
     ///
     /// # Errors
-    /// `Config` for hosts that can't be used, `Content`.
+    /// `Config` for hosts and `RemoteConfig` for remotes that can't be used, `Content`.
     pub fn new(
         store: Store,
         rootfs: Rootfs,
@@ -137,12 +155,15 @@ impl Images {
         config: ImageChapterConfig,
     ) -> Result<Images, ImageError> {
         config.hosts.check()?;
-        let registries = Registries::new(config.hosts.clone(), config.timing());
+        let http = Arc::new(Http::new(config.timing()));
+        let remotes = Remotes::new(&config.remotes, &config.hosts, &http)?;
+        let registries = Registries::new(config.hosts.clone(), http);
         let inner = Inner {
             store,
             rootfs,
             content: Content::open(data_dir)?,
             registries: Arc::new(registries),
+            remotes,
             config,
             data_dir: data_dir.to_owned(),
             planning: tokio::sync::Mutex::default(),
@@ -150,6 +171,7 @@ impl Images {
             unpacking: Unpacking::default(),
             unpackers: tokio::sync::Semaphore::new(UNPACKERS_MAX),
             pulls: Mutex::default(),
+            imports: AtomicUsize::new(0),
         };
         Ok(Images {
             inner: Arc::new(inner),
@@ -323,7 +345,7 @@ fn find(at: &Snapshot, name_or_id: &str) -> Result<Option<Arc<Image>>, ImageErro
     if let Some(image) = at.get::<Image>(&format!("sha256:{hex}")) {
         return Ok(Some(image));
     }
-    let reference = name_or_id.parse::<ImageRef>();
+    let reference = name_or_id.parse::<Reference>();
     if let Ok(reference) = &reference {
         let name = reference.to_string();
         let named =

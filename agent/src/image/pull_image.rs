@@ -30,8 +30,9 @@ use super::reference::ImageRef;
 use super::source::auth::{AuthKey, RegistryAuth};
 use super::source::registry::Repository;
 use super::stream::LayerStream;
+use super::system::reference::Reference;
 use super::unpacking::{self, ReadyLayer};
-use super::{Images, Inner, move_tag};
+use super::{Images, Inner, move_tag, system};
 use crate::blocking;
 use crate::clock::Time;
 use crate::event::{EventDraft, EventKind};
@@ -40,7 +41,7 @@ use crate::rootfs::{Layer, LayerError};
 use crate::store::Changes;
 
 /// Chunks between the network and the unpacker; each is what one read of a socket gave.
-const CHUNKS: usize = 16;
+pub(super) const CHUNKS: usize = 16;
 /// Indexes within indexes: more than anyone has a use for.
 const INDEX_DEPTH_MAX: usize = 3;
 const TAG_DEFAULT: &str = "latest";
@@ -49,8 +50,8 @@ const TAG_DEFAULT: &str = "latest";
 #[derive(Debug, Clone)]
 pub struct PullRequest {
     /// Which image.
-    pub reference: ImageRef,
-    /// Who asks the registry.
+    pub reference: Reference,
+    /// Who asks the registry; a remote asks nobody.
     pub auth: RegistryAuth,
     /// Built for what; [`Platform::host`] unless someone knows better.
     pub platform: Platform,
@@ -64,7 +65,7 @@ pub struct Pulled {
     /// The image.
     pub image: ImageId,
     /// What was asked for.
-    pub reference: ImageRef,
+    pub reference: Reference,
     /// The manifest of this platform.
     pub manifest_digest: Digest,
     /// What the reference itself means, where that is an index.
@@ -76,7 +77,7 @@ pub struct Pulled {
 /// Equal keys are the same wish of the same caller.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct PullKey {
-    reference: ImageRef,
+    reference: Reference,
     platform: Platform,
     auth: AuthKey,
     face: Face,
@@ -136,7 +137,7 @@ impl Pull {
 #[derive(Debug, Clone)]
 pub struct RunningPull {
     /// Which image.
-    pub reference: ImageRef,
+    pub reference: Reference,
     /// For which platform.
     pub platform: Platform,
     /// For whom.
@@ -234,14 +235,27 @@ async fn run(
     request: &PullRequest,
     progress: &Progress,
 ) -> Result<Pulled, ImageError> {
-    let source = inner
-        .registries
-        .repository(&request.reference, &request.auth)?;
-    if let Some(pulled) = unchanged(inner, request, &source).await? {
-        progress.stage(PullStage::Done);
+    let pulled = match &request.reference {
+        Reference::Registry(reference) => run_registry(inner, request, reference, progress).await?,
+        Reference::Remote(reference) => {
+            system::pull::run(inner, request, reference, progress).await?
+        }
+    };
+    progress.stage(PullStage::Done);
+    Ok(pulled)
+}
+
+async fn run_registry(
+    inner: &Arc<Inner>,
+    request: &PullRequest,
+    reference: &ImageRef,
+    progress: &Progress,
+) -> Result<Pulled, ImageError> {
+    let source = inner.registries.repository(reference, &request.auth)?;
+    if let Some(pulled) = unchanged(inner, request, reference, &source).await? {
         return Ok(pulled);
     }
-    let resolved = resolve(inner, request, &source).await?;
+    let resolved = resolve(inner, request, reference, &source).await?;
     let lease = {
         let _planning = inner.planning.lock().await;
         inner.leases.take(&resolved.diff_ids)
@@ -250,21 +264,33 @@ async fn run(
     progress.stage(PullStage::Fetching);
     let layers = fetch_layers(inner, &source, &resolved, progress).await?;
     progress.stage(PullStage::Committing);
-    let pulled = commit(inner, request, resolved, layers, lease).await?;
-    progress.stage(PullStage::Done);
-    Ok(pulled)
+    let manifest_digest = resolved.manifest_digest.clone();
+    let outermost = resolved.documents.first().map(|(digest, _)| digest.clone());
+    let index_digest = outermost.filter(|digest| *digest != manifest_digest);
+    let named = (Some(request.reference.clone()), request.face);
+    let (image, changed) = commit(inner, named, resolved, layers, Some(lease)).await?;
+    Ok(Pulled {
+        image,
+        reference: request.reference.clone(),
+        manifest_digest,
+        index_digest,
+        changed,
+    })
 }
 
 /// Everything that the documents say about the image.
-struct Resolved {
+pub(super) struct Resolved {
     /// Raw indexes and the raw manifest, outermost first.
-    documents: Vec<(Digest, Bytes)>,
-    manifest_digest: Digest,
-    manifest: Manifest,
-    raw_config: Bytes,
-    config: ImageConfig,
-    diff_ids: Vec<Digest>,
+    pub(super) documents: Vec<(Digest, Bytes)>,
+    pub(super) manifest_digest: Digest,
+    pub(super) manifest: Manifest,
+    pub(super) raw_config: Bytes,
+    pub(super) config: ImageConfig,
+    pub(super) diff_ids: Vec<Digest>,
 }
+
+/// The name that an image gets, and whose image it becomes.
+pub(super) type Named = (Option<Reference>, Face);
 
 /// Asks the registry whether the name still means an image that is here as a whole.
 ///
@@ -272,9 +298,9 @@ struct Resolved {
 async fn unchanged(
     inner: &Arc<Inner>,
     request: &PullRequest,
+    reference: &ImageRef,
     source: &Repository,
 ) -> Result<Option<Pulled>, ImageError> {
-    let reference = &request.reference;
     let name = reference.to_string();
     let at = inner.store.snapshot();
     let is_it = |image: &Arc<Image>| {
@@ -305,7 +331,7 @@ async fn unchanged(
     };
     let pulled = |changed| Pulled {
         image: image.id.clone(),
-        reference: reference.clone(),
+        reference: request.reference.clone(),
         index_digest: (manifest_digest != digest).then(|| digest.clone()),
         manifest_digest: manifest_digest.clone(),
         changed,
@@ -327,7 +353,7 @@ async fn unchanged(
 }
 
 /// Tells whether all directories of an image are there: a pull repairs one that has lost some.
-async fn is_whole(inner: &Arc<Inner>, image: &Image) -> bool {
+pub(super) async fn is_whole(inner: &Arc<Inner>, image: &Image) -> bool {
     let (inner, diff_ids) = (Arc::clone(inner), image.layers.clone());
     blocking::run("look for layers", move || {
         let at = inner.store.snapshot();
@@ -343,13 +369,14 @@ async fn is_whole(inner: &Arc<Inner>, image: &Image) -> bool {
 async fn resolve(
     inner: &Arc<Inner>,
     request: &PullRequest,
+    reference: &ImageRef,
     source: &Repository,
 ) -> Result<Resolved, ImageError> {
-    let shown = request.reference.to_string();
-    let mut digest = request.reference.digest().cloned();
+    let shown = reference.to_string();
+    let mut digest = reference.digest().cloned();
     let mut documents = Vec::new();
     let (manifest_digest, manifest) = loop {
-        let tag = request.reference.tag().unwrap_or(TAG_DEFAULT);
+        let tag = reference.tag().unwrap_or(TAG_DEFAULT);
         let raw = source.manifest(tag, digest.as_ref()).await?;
         let what = format!("manifest {}", raw.digest);
         let document = manifest::parse(&raw.bytes, raw.media_type.as_deref(), &shown, &what)?;
@@ -469,7 +496,7 @@ struct LayerFetch<'a> {
 }
 
 /// Tells the unpacker to stop when the pull does.
-struct CancelOnDrop(Arc<AtomicBool>);
+pub(super) struct CancelOnDrop(pub(super) Arc<AtomicBool>);
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
@@ -612,26 +639,28 @@ impl LayerFetch<'_> {
 
 /// Makes the image durable and visible. It runs on its own task: a commit that has begun must not be
 /// forgotten halfway, or the layers of a recorded image would be taken for nobody's.
-async fn commit(
+///
+/// Returns the image, and whether anything changed.
+pub(super) async fn commit(
     inner: &Arc<Inner>,
-    request: &PullRequest,
+    named: Named,
     resolved: Resolved,
     layers: Vec<Arc<ReadyLayer>>,
-    lease: Lease,
-) -> Result<Pulled, ImageError> {
-    let (inner, reference, face) = (Arc::clone(inner), request.reference.clone(), request.face);
+    lease: Option<Lease>,
+) -> Result<(ImageId, bool), ImageError> {
+    let inner = Arc::clone(inner);
     let committed = tokio::spawn(async move {
         let _lease = lease;
         let _planning = inner.planning.lock().await;
         let resolved = Arc::new(resolved);
         let records = write(&inner, &layers, &resolved).await?;
         let kept = keep_blobs(&inner, &layers).await?;
-        let pulled = record(&inner, &reference, face, &resolved, &records, kept).await?;
+        let recorded = record(&inner, &named, &resolved, &records, kept).await?;
         for layer in &layers {
             layer.recorded();
         }
         discard_blobs(&layers).await;
-        Ok(pulled)
+        Ok(recorded)
     });
     committed.await.unwrap_or(Err(ImageError::Cancelled))
 }
@@ -644,6 +673,15 @@ async fn write(
 ) -> Result<Vec<Layer>, ImageError> {
     let (inner, layers, resolved) = (Arc::clone(inner), layers.to_vec(), Arc::clone(resolved));
     blocking::run_bulk("make image durable", move || {
+        // A root tree's diff ID is known only now, and another pull may have been quicker: the layer
+        // that the store has stays, as containers may be mounted on it.
+        let at = inner.store.snapshot();
+        for layer in &layers {
+            let stored = layer.diff_id().and_then(|id| at.get::<Layer>(id.as_str()));
+            if stored.is_some_and(|stored| inner.rootfs.has_layer(&stored)) {
+                layer.superseded();
+            }
+        }
         let records = unpacking::finish(&inner.rootfs, &layers)?;
         for (digest, bytes) in &resolved.documents {
             inner.content.write(digest, bytes)?;
@@ -695,12 +733,12 @@ async fn discard_blobs(layers: &[Arc<ReadyLayer>]) {
 
 async fn record(
     inner: &Inner,
-    reference: &ImageRef,
-    face: Face,
+    (reference, face): &Named,
     resolved: &Resolved,
     layers: &[Layer],
     kept: Vec<Digest>,
-) -> Result<Pulled, ImageError> {
+) -> Result<(ImageId, bool), ImageError> {
+    let face = *face;
     let at = inner.store.snapshot();
     let id = ImageId(resolved.manifest.config.digest.clone());
     let before = at.get::<Image>(id.as_str());
@@ -714,40 +752,33 @@ async fn record(
         image
             .manifests
             .insert(digest.clone(), resolved.manifest_digest.clone());
-        image
-            .digests
-            .insert(reference.at_digest(digest).to_string());
+        let by_digest = reference
+            .as_ref()
+            .map(|reference| reference.at_digest(digest));
+        image.digests.extend(by_digest);
     }
-    let name = reference.to_string();
-    let tagged = reference.tag().is_some() && image.tags.insert(name.clone());
-    let outermost = resolved.documents.first().map(|(digest, _)| digest.clone());
+    let tag = reference.as_ref().and_then(Reference::tag);
+    let new_tag = tag.filter(|tag| image.tags.insert(tag.clone()));
     let changed = !layers.is_empty() || before.as_deref() != Some(&image);
-    let pulled = Pulled {
-        image: id.clone(),
-        reference: reference.clone(),
-        manifest_digest: resolved.manifest_digest.clone(),
-        index_digest: outermost.filter(|digest| *digest != resolved.manifest_digest),
-        changed,
-    };
     if !changed {
-        return Ok(pulled);
+        return Ok((id, false));
     }
-    let mut changes = if tagged {
-        move_tag(&at, &name, &id, face)
-    } else {
-        Changes::new()
+    let mut changes = match new_tag {
+        Some(tag) => move_tag(&at, &tag, &id, face),
+        None => Changes::new(),
     };
     for layer in layers {
         changes = changes.put(layer.clone());
     }
-    let event = EventDraft::new(EventKind::ImagePulled, face)
-        .image(&id)
-        .attribute("reference", name);
+    let mut event = EventDraft::new(EventKind::ImagePulled, face).image(&id);
+    if let Some(reference) = reference {
+        event = event.attribute("reference", reference.to_string());
+    }
     inner
         .store
         .commit(changes.put(image).event(event).durable())
         .await?;
-    Ok(pulled)
+    Ok((id, true))
 }
 
 fn new_image(id: &ImageId, resolved: &Resolved) -> Image {

@@ -47,6 +47,8 @@ pub enum RefPart {
     Reference,
     /// Host and port before the first slash.
     Registry,
+    /// The name of a remote, before the colon.
+    Remote,
     /// The path between host and tag.
     Repository,
     /// What follows the colon.
@@ -60,6 +62,7 @@ impl fmt::Display for RefPart {
         f.write_str(match self {
             RefPart::Reference => "reference",
             RefPart::Registry => "registry",
+            RefPart::Remote => "remote",
             RefPart::Repository => "repository",
             RefPart::Tag => "tag",
             RefPart::Digest => "digest",

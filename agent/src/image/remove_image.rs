@@ -114,7 +114,7 @@ fn one_of_many_tags(image: &Image, request: &RemoveRequest) -> Option<String> {
     if !request.only_this_name || image.tags.len() < 2 {
         return None;
     }
-    let name = request.name.parse::<super::ImageRef>().ok()?.to_string();
+    let name = request.name.parse::<super::Reference>().ok()?.to_string();
     image.tags.contains(&name).then_some(name)
 }
 

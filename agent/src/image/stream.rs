@@ -25,6 +25,9 @@ const REPLAY_CHUNK_BYTES: usize = 256 << 10;
 /// Window of zstd that a layer may ask us to keep in memory: 128 MiB, as its own tool has it.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 
+/// Dictionary of xz that an image may ask us to keep in memory: its own tool's largest is 64 MiB.
+const XZ_MEMORY_MAX_BYTES: u64 = 160 << 20;
+
 /// The compressed bytes, hashed as they pass.
 pub(crate) struct LayerStream {
     partial: Option<Partial>,
@@ -33,6 +36,8 @@ pub(crate) struct LayerStream {
     incoming: mpsc::Receiver<Bytes>,
     current: Bytes,
     hash: Sha256,
+    /// Hashes what came before this stream, and then the stream.
+    combined: Option<Sha256>,
     passed_bytes: u64,
     size_bytes: u64,
 }
@@ -57,13 +62,46 @@ impl LayerStream {
             incoming,
             current: Bytes::new(),
             hash: Sha256::new(),
+            combined: None,
             passed_bytes: 0,
             size_bytes,
         }
     }
 
+    /// Also hashes this stream together with what `before` has seen.
+    pub(crate) fn combined_with(mut self, before: Sha256) -> LayerStream {
+        self.combined = Some(before);
+        self
+    }
+
+    /// How the content is packed, by its first bytes, which stay.
+    pub(crate) fn packing(&mut self) -> io::Result<Packing> {
+        while self.current.len() < Packing::MAGIC_BYTES && self.passed_bytes < self.size_bytes {
+            let chunk = self.next_chunk()?;
+            self.take(&chunk);
+            self.current = [&*self.current, &*chunk].concat().into();
+        }
+        Ok(Packing::of(&self.current))
+    }
+
+    fn take(&mut self, chunk: &[u8]) {
+        self.hash.update(chunk);
+        if let Some(combined) = &mut self.combined {
+            combined.update(chunk);
+        }
+        self.passed_bytes += chunk.len() as u64;
+    }
+
     /// Reads what the unpacker has left, and returns the digest of all, with the partial blob.
-    pub(crate) fn finish(mut self) -> (io::Result<Digest>, Option<Partial>) {
+    pub(crate) fn finish(self) -> (io::Result<Digest>, Option<Partial>) {
+        let (digests, partial) = self.finish_combined();
+        (digests.map(|(digest, _)| digest), partial)
+    }
+
+    /// Like `finish`, also with the digest of what came before and this stream.
+    pub(crate) fn finish_combined(
+        mut self,
+    ) -> (io::Result<(Digest, Option<Digest>)>, Option<Partial>) {
         let drained = loop {
             match self.fill_buf() {
                 Ok([]) => break Ok(()),
@@ -74,8 +112,9 @@ impl LayerStream {
                 Err(error) => break Err(error),
             }
         };
-        let digest = drained.map(|()| Digest::from_sha256(self.hash.finalize().into()));
-        (digest, self.partial)
+        let digest = |hash: Sha256| Digest::from_sha256(hash.finalize().into());
+        let digests = drained.map(|()| (digest(self.hash), self.combined.map(digest)));
+        (digests, self.partial)
     }
 
     fn next_chunk(&mut self) -> io::Result<Bytes> {
@@ -109,8 +148,7 @@ impl BufRead for LayerStream {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         while self.current.is_empty() && self.passed_bytes < self.size_bytes {
             let chunk = self.next_chunk()?;
-            self.hash.update(&chunk);
-            self.passed_bytes += chunk.len() as u64;
+            self.take(&chunk);
             self.current = chunk;
         }
         Ok(&self.current)
@@ -131,12 +169,43 @@ impl Read for LayerStream {
     }
 }
 
+/// What the first bytes of a file say about the rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Packing {
+    /// A tar, compressed or not.
+    Tar(Compression),
+    /// Something that we do not read, by name.
+    Foreign(&'static str),
+}
+
+impl Packing {
+    const MAGIC_BYTES: usize = 6;
+
+    fn of(begin: &[u8]) -> Packing {
+        match begin {
+            [0x1f, 0x8b, ..] => Packing::Tar(Compression::Gzip),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => Packing::Tar(Compression::Zstd),
+            // An lzma file has no magic: properties, and a dictionary of a power of two.
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] | [0x5d, 0, 0, ..] => {
+                Packing::Tar(Compression::Xz)
+            }
+            [b'B', b'Z', b'h', ..] => Packing::Foreign("bzip2"),
+            [b'h', b's', b'q', b's', ..] => Packing::Foreign("squashfs"),
+            [b'Q', b'F', b'I', 0xfb, ..] => {
+                Packing::Foreign("qcow2, the disk of a virtual machine")
+            }
+            _ => Packing::Tar(Compression::None),
+        }
+    }
+}
+
 /// The layer's tar.
 pub(crate) enum TarStream {
     Plain(LayerStream),
     /// Boxed for its window.
     Gzip(Box<MultiGzDecoder<LayerStream>>),
     Zstd(zstd::stream::read::Decoder<'static, LayerStream>),
+    Xz(liblzma::bufread::XzDecoder<LayerStream>),
 }
 
 impl TarStream {
@@ -149,6 +218,16 @@ impl TarStream {
                 decoder.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
                 TarStream::Zstd(decoder)
             }
+            Compression::Xz => {
+                let stream_decoder = liblzma::stream::Stream::new_auto_decoder(
+                    XZ_MEMORY_MAX_BYTES,
+                    liblzma::stream::CONCATENATED,
+                )?;
+                TarStream::Xz(liblzma::bufread::XzDecoder::new_stream(
+                    stream,
+                    stream_decoder,
+                ))
+            }
         })
     }
 
@@ -158,6 +237,7 @@ impl TarStream {
             TarStream::Plain(stream) => stream,
             TarStream::Gzip(decoder) => decoder.into_inner(),
             TarStream::Zstd(decoder) => decoder.finish(),
+            TarStream::Xz(decoder) => decoder.into_inner(),
         }
     }
 }
@@ -168,6 +248,7 @@ impl Read for TarStream {
             TarStream::Plain(stream) => stream.read(buffer),
             TarStream::Gzip(decoder) => decoder.read(buffer),
             TarStream::Zstd(decoder) => decoder.read(buffer),
+            TarStream::Xz(decoder) => decoder.read(buffer),
         }
     }
 }
@@ -202,12 +283,16 @@ mod tests {
             zstd::encode_all(&plain[5..], 1).unwrap(),
         ]
         .concat();
+        let xz = liblzma::encode_all(&plain[..], 6).unwrap();
         for (compression, blob) in [
             (Compression::None, plain.clone()),
             (Compression::Gzip, members),
             (Compression::Zstd, frames),
+            (Compression::Xz, xz),
         ] {
-            let mut tar = TarStream::new(compression, stream(&blob, blob.len() as u64)).unwrap();
+            let mut input = stream(&blob, blob.len() as u64);
+            assert_eq!(input.packing().unwrap(), Packing::Tar(compression));
+            let mut tar = TarStream::new(compression, input).unwrap();
             let mut seen = Vec::new();
             tar.read_to_end(&mut seen).unwrap();
             assert_eq!(seen, plain, "{compression:?}");
@@ -224,6 +309,35 @@ mod tests {
         let mut input = stream(b"0123456789abcdef", 16);
         input.read_exact(&mut [0; 3]).unwrap();
         assert_eq!(input.finish().0.unwrap(), Digest::of(b"0123456789abcdef"));
+    }
+
+    #[test]
+    fn two_blobs_have_a_digest_together() {
+        let mut before = Sha256::new();
+        before.update(b"meta");
+        let (digests, _) = stream(b"root", 4).combined_with(before).finish_combined();
+        let expected = (Digest::of(b"root"), Some(Digest::of(b"metaroot")));
+        assert_eq!(digests.unwrap(), expected);
+    }
+
+    #[test]
+    fn files_of_other_kinds_are_known_by_name() {
+        let table: [(&[u8], Packing); 5] = [
+            (b"hsqs....", Packing::Foreign("squashfs")),
+            (b"BZh91AY", Packing::Foreign("bzip2")),
+            (b"\x5d\0\0\x80\0", Packing::Tar(Compression::Xz)),
+            (b"", Packing::Tar(Compression::None)),
+            (b"etc/passwd\0", Packing::Tar(Compression::None)),
+        ];
+        for (begin, expected) in table {
+            let mut input = stream(begin, begin.len() as u64);
+            assert_eq!(
+                input.packing().unwrap(),
+                expected,
+                "{}",
+                begin.escape_ascii()
+            );
+        }
     }
 
     #[test]

@@ -15,11 +15,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::content::Partial;
 use super::error::ImageError;
-use super::manifest::LayerDescriptor;
-use super::stream::{LayerStream, TarStream};
+use super::manifest::{Compression, LayerDescriptor};
+use super::stream::{LayerStream, Packing, TarStream};
+use super::system::Init;
 use crate::blocking;
 use crate::id::Digest;
-use crate::rootfs::{Layer, LayerDir, LayerError, Limits, Rootfs, Unpacked, unpack};
+use crate::rootfs::{
+    Layer, LayerDir, LayerError, Limits, RootShape, Rootfs, SmallFiles, Unpacked, UnpackedRoot,
+    unpack, unpack_root,
+};
 
 /// The layers being unpacked, by diff ID.
 #[derive(Default)]
@@ -67,6 +71,15 @@ impl ReadyLayer {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Its diff ID, unless it is on its way into the store.
+    pub(crate) fn diff_id(&self) -> Option<Digest> {
+        match &*self.state() {
+            State::Unpacked(_, unpacked) => Some(unpacked.diff_id.clone()),
+            State::Finished(layer) => Some(layer.diff_id.clone()),
+            State::Finishing | State::Recorded | State::Gone => None,
+        }
+    }
+
     /// Tells whether it can still become a record.
     pub(crate) fn is_usable(&self) -> bool {
         !matches!(*self.state(), State::Gone)
@@ -77,6 +90,20 @@ impl ReadyLayer {
         let mut state = self.state();
         if matches!(*state, State::Finished(_)) {
             *state = State::Recorded;
+        }
+    }
+
+    /// Tells that the store has the same layer from elsewhere; removes this one; blocking.
+    pub(crate) fn superseded(&self) {
+        let mut state = self.state();
+        match std::mem::replace(&mut *state, State::Recorded) {
+            State::Unpacked(dir, _) => self.rootfs.discard_layer(dir),
+            State::Finished(layer) => {
+                if let Err(error) = self.rootfs.remove_layer(layer.dir) {
+                    tracing::warn!(dir = layer.dir, %error, "an unrecorded layer stays until the next start");
+                }
+            }
+            other => *state = other,
         }
     }
 
@@ -198,15 +225,7 @@ fn unpack_into(
     let mut tar = TarStream::new(layer.compression, stream)
         .map_err(|source| layer_error(LayerError::Source { offset: 0, source }))?;
     let outcome = unpack(&mut tar, dir, limits, cancelled);
-    // What can't be read may only be other bytes than were asked for: then that is the error.
-    let worth_hashing = matches!(
-        outcome,
-        Ok(_)
-            | Err(LayerError::Source { .. }
-                | LayerError::Truncated { .. }
-                | LayerError::Header { .. })
-    );
-    if !worth_hashing {
+    if !is_worth_hashing(&outcome) {
         return Err(outcome.err().map_or(ImageError::Cancelled, layer_error));
     }
     let (actual, mut partial) = tar.into_inner().finish();
@@ -243,6 +262,140 @@ fn unpack_into(
         });
     }
     Ok((unpacked, partial))
+}
+
+/// A root tree that is unpacked, with what is to be said about it.
+pub(crate) struct ReadyRoot {
+    pub(crate) layer: Arc<ReadyLayer>,
+    pub(crate) diff_id: Digest,
+    /// Length of its canonical tar.
+    pub(crate) tar_bytes: u64,
+    /// What was beside the tree in its archive.
+    pub(crate) beside: Option<SmallFiles>,
+    /// What its init is; read from the tree itself.
+    pub(crate) init: Init,
+    /// Digest of all that came before the file, and the file.
+    pub(crate) combined: Digest,
+}
+
+/// Which digests the file of a root tree must have; none where its server does not tell.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct RootDigests {
+    pub(crate) file: Option<Digest>,
+    pub(crate) combined: Option<Digest>,
+}
+
+/// Unpacks a root tree from `stream` and verifies it; blocking. Nothing is left behind by an error.
+///
+/// # Errors
+/// `DigestMismatch`, `RootPacking`, `NoInit`, `Layer`, `Rootfs`.
+pub(crate) fn unpack_root_tree(
+    rootfs: Rootfs,
+    stream: LayerStream,
+    expected: &RootDigests,
+    shape: RootShape,
+    limits: &Limits,
+    cancelled: &AtomicBool,
+) -> Result<ReadyRoot, ImageError> {
+    let dir = rootfs.begin_layer().map_err(failed("begin a layer"))?;
+    match unpack_tree_into(&dir, stream, expected, shape, limits, cancelled) {
+        Ok((unpacked, init, combined, partial)) => Ok(ReadyRoot {
+            diff_id: unpacked.layer.diff_id.clone(),
+            tar_bytes: unpacked.tar_bytes,
+            beside: unpacked.beside,
+            init,
+            combined,
+            layer: Arc::new(ReadyLayer {
+                rootfs,
+                state: Mutex::new(State::Unpacked(dir, unpacked.layer)),
+                partial: Mutex::new(partial),
+            }),
+        }),
+        Err(error) => {
+            rootfs.discard_layer(dir);
+            Err(error)
+        }
+    }
+}
+
+fn unpack_tree_into(
+    dir: &LayerDir,
+    mut stream: LayerStream,
+    expected: &RootDigests,
+    shape: RootShape,
+    limits: &Limits,
+    cancelled: &AtomicBool,
+) -> Result<(UnpackedRoot, Init, Digest, Option<Partial>), ImageError> {
+    let broken = |source| root_error(LayerError::Source { offset: 0, source });
+    let (compression, foreign) = match stream.packing().map_err(broken)? {
+        Packing::Tar(compression) => (compression, None),
+        // Its digest is looked at first: it may not be what was asked for.
+        Packing::Foreign(name) => (Compression::None, Some(name)),
+    };
+    let mut tar = TarStream::new(compression, stream).map_err(broken)?;
+    let outcome = match foreign {
+        Some(_) => Ok(None),
+        None => unpack_root(&mut tar, dir, shape, limits, cancelled).map(Some),
+    };
+    if !is_worth_hashing(&outcome) {
+        return Err(outcome.err().map_or(ImageError::Cancelled, root_error));
+    }
+    let (digests, mut partial) = tar.into_inner().finish_combined();
+    let (file, combined) = match (digests, &outcome) {
+        (Ok((file, combined)), _) => (file.clone(), combined.unwrap_or(file)),
+        (Err(_), Err(_)) => return Err(outcome.err().map_or(ImageError::Cancelled, root_error)),
+        (Err(source), Ok(_)) => return Err(broken(source)),
+    };
+    let verified = [
+        ("root tree", &expected.file, &file),
+        (
+            "metadata and root tree together",
+            &expected.combined,
+            &combined,
+        ),
+    ]
+    .into_iter()
+    .find_map(|(what, expected, actual)| {
+        let expected = expected.as_ref().filter(|expected| *expected != actual)?;
+        Some(ImageError::DigestMismatch {
+            what: what.to_owned(),
+            expected: expected.clone(),
+            actual: actual.clone(),
+        })
+    });
+    let unpacked = match (verified, outcome, foreign) {
+        (Some(error), ..) => Err(error),
+        (None, Err(error), _) => Err(root_error(error)),
+        (None, _, Some(packing)) => Err(ImageError::RootPacking {
+            packing: packing.to_owned(),
+        }),
+        (None, Ok(unpacked), None) => unpacked.ok_or(ImageError::Cancelled),
+    };
+    let found = unpacked.and_then(|unpacked| Ok((Init::find(dir)?, unpacked)));
+    match found {
+        Ok((init, unpacked)) => Ok((unpacked, init, combined, partial)),
+        Err(error) => {
+            if let Some(partial) = &mut partial {
+                partial.discard();
+            }
+            Err(error)
+        }
+    }
+}
+
+/// What can't be read may only be other bytes than were asked for: then that is the error.
+fn is_worth_hashing<T>(outcome: &Result<T, LayerError>) -> bool {
+    matches!(
+        outcome,
+        Ok(_)
+            | Err(LayerError::Source { .. }
+                | LayerError::Truncated { .. }
+                | LayerError::Header { .. })
+    )
+}
+
+fn root_error(source: LayerError) -> ImageError {
+    ImageError::Root { source }
 }
 
 fn failed(action: &'static str) -> impl FnOnce(crate::rootfs::RootfsError) -> ImageError {

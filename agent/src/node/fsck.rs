@@ -99,7 +99,7 @@ pub async fn run(agent: &Arc<Agent>, repair: bool) -> Vec<Difference> {
 struct Known<'a> {
     agent: &'a Agent,
     before: Snapshot,
-    /// A pull was under way: its layers are not recorded yet.
+    /// A pull or an import was under way: its layers are not recorded yet.
     pulling: bool,
 }
 
@@ -108,7 +108,7 @@ impl<'a> Known<'a> {
         Self {
             agent,
             before: agent.store.snapshot(),
-            pulling: !agent.images.running_pulls().is_empty(),
+            pulling: agent.images.is_unpacking(),
         }
     }
 
@@ -128,7 +128,7 @@ impl<'a> Known<'a> {
 
     fn layer(&self, dir: u32) -> bool {
         self.pulling
-            || !self.agent.images.running_pulls().is_empty()
+            || self.agent.images.is_unpacking()
             || self.either(|at| at.all::<Layer>().any(|layer| layer.dir == dir))
     }
 

@@ -173,7 +173,7 @@ const AUFS: [&[u8]; 3] = [b".wh..wh.aufs", b".wh..wh.orph", b".wh..wh.plnk"];
 /// Granularity of disk space.
 const DISK_BLOCK: u64 = 4096;
 
-struct Unpacker<'a> {
+pub(super) struct Unpacker<'a> {
     tree: Tree,
     limits: &'a Limits,
     /// In the order of the archive: of several for a path the last wins.
@@ -224,7 +224,7 @@ impl Attributes {
 }
 
 impl<'a> Unpacker<'a> {
-    fn new(into: &LayerDir, limits: &'a Limits) -> Result<Self, LayerError> {
+    pub(super) fn new(into: &LayerDir, limits: &'a Limits) -> Result<Self, LayerError> {
         let root = into.fd.try_clone().map_err(|error| LayerError::Kernel {
             call: "fcntl",
             path: "/".into(),
@@ -243,7 +243,7 @@ impl<'a> Unpacker<'a> {
         })
     }
 
-    fn entry<R: Read>(
+    pub(super) fn entry<R: Read>(
         &mut self,
         entry: Entry,
         reader: &mut Reader<'_, R>,
@@ -556,7 +556,7 @@ impl<'a> Unpacker<'a> {
         }
     }
 
-    fn finish(
+    pub(super) fn finish(
         mut self,
         into: &LayerDir,
         diff_id: Digest,
@@ -611,14 +611,14 @@ fn copy<R: Read>(
     }
 }
 
-enum Whiteout<'a> {
+pub(super) enum Whiteout<'a> {
     Of(&'a [u8]),
     Opaque,
     Aufs,
 }
 
 /// The whiteout that the clean `path` is, if it is one.
-fn find_whiteout(path: &[u8]) -> Result<Option<Whiteout<'_>>, LayerError> {
+pub(super) fn find_whiteout(path: &[u8]) -> Result<Option<Whiteout<'_>>, LayerError> {
     // The prefix is rare, and looking for it is quick.
     if !path.windows(WHITEOUT.len()).any(|part| part == WHITEOUT) {
         return Ok(None);
@@ -647,7 +647,8 @@ fn on_disk(bytes: u64) -> u64 {
     bytes.div_ceil(DISK_BLOCK).saturating_mul(DISK_BLOCK)
 }
 
-fn is_settable(name: &[u8]) -> bool {
+/// Attributes of files and directories that belong to the image.
+pub(super) fn is_settable(name: &[u8]) -> bool {
     name.starts_with(b"user.")
         || matches!(
             name,

@@ -14,12 +14,14 @@
 //!   that users of the host can reach.
 //! - Mounting is not done here: [`RootPlan`] says how, the shim's child does it.
 
+mod canonical;
 mod error;
 mod id_map;
 mod layer;
 mod merge;
 mod mount;
 mod remove;
+mod system;
 mod tar;
 mod tree;
 mod usage;
@@ -48,6 +50,7 @@ pub use self::{
     id_map::{IdMapsMissing, can_map_layers},
     layer::{Layer, LayerDir, Limits, Unpacked, unpack},
     mount::RootPlan,
+    system::{RootShape, SmallFiles, UnpackedRoot, read_small_files, unpack_root},
     usage::Usage,
 };
 use crate::{

@@ -686,7 +686,26 @@ impl ToStatus for ImageError {
             } => Verdict::new(Code::DataLoss, ErrorReason::DigestMismatch)
                 .fact("expected", expected)
                 .fact("found", actual),
-            Self::Layer { source, .. } => source.verdict(),
+            Self::Layer { source, .. } | Self::Root { source } => source.verdict(),
+            Self::RootPacking { packing } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::ImageRefused)
+                    .fact("packing", packing)
+            }
+            Self::NoInit => Verdict::new(Code::FailedPrecondition, ErrorReason::ImageRefused)
+                .fact("path", "/sbin/init"),
+            Self::UnknownRemote { name, known } => {
+                Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
+                    .fact("field", "reference")
+                    .fact("value", name)
+                    .fact("expected", known.join(", "))
+            }
+            Self::RemoteConfig { remote, .. } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::ImageRefused)
+                    .fact("remote", remote)
+            }
+            Self::BadIndex { url, .. } => {
+                Verdict::new(Code::DataLoss, ErrorReason::ContentInvalid).fact("url", url)
+            }
             Self::Rootfs { source, .. } => source.verdict(),
             Self::Store(error) => error.verdict(),
             Self::Content { action, source, .. } => system(action, source),

@@ -147,6 +147,7 @@ named!(
     Operation,
     PruneImagesResponse,
     PulledImage,
+    RemoteImage,
     Sandbox,
     StatsResponse,
     UsageResponse,

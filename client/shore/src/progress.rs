@@ -68,6 +68,16 @@ pub(crate) async fn pull(
     }
 }
 
+/// A bar for so many bytes on their way to the agent; hidden where bars are not shown.
+pub(crate) fn sending(bytes: u64, show: Show) -> ProgressBar {
+    if show != Show::Bars {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::with_draw_target(Some(bytes), ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("sending {wide_bar} {bytes}/{total_bytes}");
+    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
 /// Says what is new since the picture before.
 #[derive(Debug, Default)]
 struct Lines {

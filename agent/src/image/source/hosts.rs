@@ -122,6 +122,31 @@ impl HostsConfig {
     }
 }
 
+impl HostsConfig {
+    /// Returns how to speak to the server of `url`, whose scheme says it, within what its table allows.
+    ///
+    /// # Errors
+    /// What is wrong with the scheme.
+    pub(crate) fn endpoint_of(&self, url: &reqwest::Url) -> Result<Endpoint, String> {
+        let host = url.host_str().unwrap_or_default();
+        let authority = match url.port() {
+            Some(port) => format!("{host}:{port}"),
+            None => host.to_owned(),
+        };
+        let empty = HostConfig::default();
+        let settings = self.0.get(&authority).unwrap_or(&empty);
+        let place = endpoint(&format!("{}://{authority}", url.scheme()), settings, true)
+            .map_err(|_| format!("url `{url}` is neither http:// nor https://"))?;
+        let plain_allowed = is_loopback(&authority) || settings.plain_http == Some(true);
+        if place.scheme == "http" && !plain_allowed {
+            return Err(format!(
+                "url `{url}` is plain HTTP, which only plain_http in image.hosts.\"{authority}\" can allow"
+            ));
+        }
+        Ok(place)
+    }
+}
+
 /// Docker Hub is the one registry whose name is not where it is.
 fn well_known_server(registry: &str) -> &str {
     if registry == "docker.io" {

@@ -1,4 +1,5 @@
-//! Where images come from: registries, their mirrors, and who we are there.
+//! Where images come from: registries, their mirrors, who we are there, and servers of distributions'
+//! images.
 //!
 //! The wire is spoken on `reqwest`, not on `oci-client`, because that client (0.18) reads manifests
 //! without a limit, hides Retry-After and failed token requests, does not renew a token that ends in
@@ -6,5 +7,10 @@
 
 pub(crate) mod auth;
 pub(crate) mod hosts;
+pub(crate) mod http;
+pub(crate) mod lxc;
 pub(crate) mod registry;
+pub(crate) mod remotes;
 pub(crate) mod rounds;
+pub(crate) mod server;
+pub(crate) mod simplestreams;

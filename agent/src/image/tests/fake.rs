@@ -285,6 +285,7 @@ pub(super) fn compress(bytes: &[u8], compression: Compression) -> Vec<u8> {
             encoder.finish().expect("memory takes it")
         }
         Compression::Zstd => zstd::encode_all(bytes, 1).expect("memory takes it"),
+        Compression::Xz => liblzma::encode_all(bytes, 1).expect("memory takes it"),
     }
 }
 
@@ -293,6 +294,7 @@ pub(super) fn layer_type(compression: Compression) -> &'static str {
         Compression::None => "application/vnd.oci.image.layer.v1.tar",
         Compression::Gzip => "application/vnd.oci.image.layer.v1.tar+gzip",
         Compression::Zstd => "application/vnd.oci.image.layer.v1.tar+zstd",
+        Compression::Xz => "application/vnd.oci.image.layer.v1.tar+xz",
     }
 }
 

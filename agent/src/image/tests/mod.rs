@@ -4,6 +4,7 @@
 mod docker_registry;
 mod fake;
 mod hostile;
+mod system;
 mod wire;
 
 use std::collections::{BTreeMap, HashSet};
@@ -79,7 +80,7 @@ impl Node {
     fn pull_as(&self, reference: &ImageRef, auth: RegistryAuth) -> Pull {
         let platform = "linux/amd64".parse().unwrap();
         self.images.pull(PullRequest {
-            reference: reference.clone(),
+            reference: reference.clone().into(),
             auth,
             platform,
             face: Face::Native,
@@ -282,7 +283,7 @@ async fn an_index_gives_the_platform_and_both_digests_resolve() {
     // The same index for another platform is another image.
     let wanted: Platform = "linux/arm64".parse().unwrap();
     let request = |platform: &str| PullRequest {
-        reference: reference.clone(),
+        reference: reference.clone().into(),
         auth: RegistryAuth::Anonymous,
         platform: platform.parse().unwrap(),
         face: Face::Native,
@@ -661,7 +662,7 @@ async fn one_of_several_tags_can_go_alone_and_faces_keep_what_they_use() {
         Removal::KeptFor(_, Face::Native)
     ));
     let request = PullRequest {
-        reference: reference.clone(),
+        reference: reference.clone().into(),
         auth: RegistryAuth::Anonymous,
         platform: "linux/amd64".parse().unwrap(),
         face: Face::Cri,

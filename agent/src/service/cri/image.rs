@@ -137,7 +137,7 @@ impl ImageService for Cri {
             .map_err(|error| refused(ImageError::Reference(error)))?;
         let auth = auth(request.auth, &reference)?;
         let pull = self.agent.images.pull(PullRequest {
-            reference,
+            reference: reference.into(),
             auth,
             platform: Platform::host(),
             face: Face::Cri,

@@ -1,10 +1,16 @@
 //! ImageService.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use futures_util::stream;
-use longshore_proto::longshore::v1::{self as pb, image_service_server::ImageService};
-use tonic::{Request, Response, Status};
+use longshore_proto::longshore::v1::{
+    self as pb, image_service_server::ImageService, import_image_request::Part as ImportPart,
+};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     Native, Streamed,
@@ -16,7 +22,8 @@ use super::{
 use crate::{
     id::{Face, ImageId},
     image::{
-        Image, ImageError, ImageRef, PruneRequest, PrunedKind, PullRequest, Removal, RemoveRequest,
+        Image, ImageError, PruneRequest, PrunedKind, PullRequest, Reference, RemoteImage, Removal,
+        RemoveRequest,
     },
     lifecycle::container::Container,
     service::status::ToStatus as _,
@@ -218,6 +225,10 @@ impl Native {
     }
 }
 
+fn note(broken: &Mutex<Option<Status>>, status: Status) {
+    *broken.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
+}
+
 fn said(update: pb::pull_image_response::Update) -> pb::PullImageResponse {
     pb::PullImageResponse {
         update: Some(update),
@@ -226,7 +237,7 @@ fn said(update: pb::pull_image_response::Update) -> pb::PullImageResponse {
 
 /// The text is one of the image's names, not its id.
 fn is_named_by(image: &Image, text: &str) -> bool {
-    text.parse::<ImageRef>()
+    text.parse::<Reference>()
         .map(|reference| reference.to_string())
         .is_ok_and(|name| image.tags.contains(&name) || image.digests.contains(&name))
 }
@@ -258,7 +269,7 @@ impl ImageService for Native {
         idempotency::check_key(request.key()).map_err(refused)?;
         let (key, content) = (request.idempotency_key.clone(), request.content());
         let wish = PullRequest {
-            reference: parse::reference("reference", &request.reference).map_err(refused)?,
+            reference: parse::wanted(&request).map_err(refused)?,
             auth: parse::auth(request.auth).map_err(refused)?,
             platform: parse::platform(request.platform).map_err(refused)?,
             face: Face::Native,
@@ -279,6 +290,77 @@ impl ImageService for Native {
         Ok(Response::new(self.pull(wish, move |pulled| {
             keys.keep(PULL, &key, content, pulled)
         })))
+    }
+
+    async fn import_image(
+        &self,
+        request: Request<Streaming<pb::ImportImageRequest>>,
+    ) -> Result<Response<pb::ImportImageResponse>, Status> {
+        let mut messages = request.into_inner();
+        let first = messages.message().await?.and_then(|message| message.part);
+        let Some(ImportPart::Target(target)) = first else {
+            return Err(refused(NativeError::Unexpected { expected: "target" }));
+        };
+        let wish = parse::import(target).map_err(refused)?;
+        // What ended the stream early is the answer, and not what that did to the import.
+        let broken = Mutex::new(None);
+        let chunks = stream::unfold(messages, |mut messages| async {
+            match messages.message().await {
+                Ok(Some(message)) => match message.part {
+                    Some(ImportPart::Chunk(chunk)) => return Some((chunk, messages)),
+                    _ => note(
+                        &broken,
+                        refused(NativeError::Unexpected { expected: "chunk" }),
+                    ),
+                },
+                Ok(None) => {}
+                Err(status) => note(&broken, status),
+            }
+            None
+        });
+        let imported = self.agent.images.import(&wish, Box::pin(chunks)).await;
+        if let Some(status) = broken.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(status);
+        }
+        let imported = imported.map_err(refused)?;
+        let image = self.image(&self.agent.store.snapshot(), imported.image.as_str())?;
+        Ok(Response::new(pb::ImportImageResponse {
+            image: Some(render::image(&image)),
+            changed: imported.changed,
+        }))
+    }
+
+    async fn list_remote_images(
+        &self,
+        request: Request<pb::ListRemoteImagesRequest>,
+    ) -> Result<Response<pb::ListRemoteImagesResponse>, Status> {
+        let request = request.into_inner();
+        let page =
+            Page::new("remote images", request.page_size, &request.page_token).map_err(refused)?;
+        let filter = parse::remote_filter(request).map_err(refused)?;
+        let found = self
+            .agent
+            .images
+            .list_remote(&filter)
+            .await
+            .map_err(refused)?;
+        let (images, next_page_token) = page.cut(found, |image| {
+            let RemoteImage {
+                remote,
+                os,
+                release,
+                variant,
+                architecture,
+                ..
+            } = image;
+            [remote, os, release, variant, architecture]
+                .map(String::as_str)
+                .join("/")
+        });
+        Ok(Response::new(pb::ListRemoteImagesResponse {
+            images: images.into_iter().map(render::remote_image).collect(),
+            next_page_token,
+        }))
     }
 
     async fn list_images(

@@ -15,7 +15,10 @@ use super::error::NativeError;
 use crate::{
     clock::Time,
     id::Face,
-    image::{ImageRef, Platform, RegistryAuth, Secret},
+    image::{
+        ImageRef, ImportRequest, ImportSizes, Platform, Reference, RegistryAuth, RemoteFilter,
+        Secret,
+    },
     lifecycle::{
         AttachWish, ExecWish, LifecycleChapterConfig,
         container::{
@@ -498,7 +501,7 @@ pub(super) fn image(field: &str, name: &str) -> Parsed<()> {
     edge::text(field, name, 1024)?;
     let hex = name.strip_prefix("sha256:").unwrap_or(name);
     let is_id = hex.len() <= 64 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    match name.parse::<ImageRef>() {
+    match name.parse::<Reference>() {
         Err(error) if !is_id => Err(NativeError::invalid(field, name, error.expected)),
         _ => Ok(()),
     }
@@ -510,6 +513,72 @@ pub(super) fn reference(field: &str, text: &str) -> Parsed<ImageRef> {
     edge::text(field, text, 1024)?;
     text.parse().map_err(|error: crate::image::ReferenceError| {
         NativeError::invalid(field, text, error.expected)
+    })
+}
+
+/// What to pull: an image of a registry or of a remote. A remote asks nobody who they are.
+pub(super) fn wanted(request: &pb::PullImageRequest) -> Parsed<Reference> {
+    let (field, text) = ("reference", &request.reference);
+    edge::required(field, text)?;
+    edge::text(field, text, 1024)?;
+    let reference = text
+        .parse()
+        .map_err(|error: crate::image::ReferenceError| {
+            NativeError::invalid(field, text, error.expected)
+        })?;
+    if matches!(reference, Reference::Remote(_)) && request.auth.is_some() {
+        return Err(NativeError::invalid(
+            "auth",
+            "credentials",
+            "nothing, as a remote of distributions' images takes none",
+        ));
+    }
+    Ok(reference)
+}
+
+/// Which images of remotes are wanted.
+pub(super) fn remote_filter(request: pb::ListRemoteImagesRequest) -> Parsed<RemoteFilter> {
+    let wish = |field: &str, text: String| {
+        edge::text(field, &text, 128)?;
+        Ok::<_, NativeError>((!text.is_empty()).then_some(text))
+    };
+    Ok(RemoteFilter {
+        remote: wish("remote", request.remote)?,
+        os: wish("os", request.os)?,
+        release: wish("release", request.release)?,
+        architecture: wish("architecture", request.architecture)?,
+        variant: wish("variant", request.variant)?,
+    })
+}
+
+/// What an import is to become, and of how large files.
+pub(super) fn import(target: pb::ImportTarget) -> Parsed<ImportRequest> {
+    let tag = if target.tag.is_empty() {
+        None
+    } else {
+        Some(self::tag(&target.tag)?)
+    };
+    if target.file_sizes.contains(&0) {
+        return Err(NativeError::invalid(
+            "file_sizes",
+            0,
+            "files that have bytes",
+        ));
+    }
+    let sizes = match target.file_sizes[..] {
+        [] => return Err(NativeError::missing("file_sizes")),
+        [one] => ImportSizes::One(one),
+        [metadata, root] => ImportSizes::Pair(metadata, root),
+        _ => {
+            let (field, count) = ("file_sizes", target.file_sizes.len());
+            return Err(NativeError::invalid(field, count, "one file, or two"));
+        }
+    };
+    Ok(ImportRequest {
+        tag,
+        platform: platform(target.platform)?,
+        face: Face::Native,
+        sizes,
     })
 }
 

@@ -15,6 +15,7 @@ use crate::{
     id::Face,
     image::{
         Image, ImageConfig, LayerProgress, LayerState, Platform, PullProgress, PullStage, Pulled,
+        RemoteImage,
     },
     lifecycle::{
         Lifecycle, NATIVE_HANDLER,
@@ -428,6 +429,27 @@ fn layer_progress(layer: &LayerProgress) -> pb::LayerProgress {
         .into(),
         fetched_bytes: layer.fetched_bytes,
         total_bytes: layer.total_bytes,
+    }
+}
+
+/// What a remote offers.
+pub(super) fn remote_image(image: RemoteImage) -> pb::RemoteImage {
+    pb::RemoteImage {
+        remote: image.remote,
+        reference: image.reference.map(String::from).unwrap_or_default(),
+        os: image.os,
+        release: image.release,
+        release_title: image.release_title,
+        architecture: image.architecture,
+        variant: image.variant,
+        serial: image.serial,
+        fingerprint: image
+            .fingerprint
+            .map(|digest| digest.to_string())
+            .unwrap_or_default(),
+        size_bytes: image.size_bytes,
+        unreadable: image.unreadable,
+        aliases: image.aliases,
     }
 }
 

@@ -3,17 +3,19 @@
 use std::io::{self, BufRead as _, Write as _};
 
 use anyhow::{Context as _, Result};
-use clap::{ArgGroup, Args};
+use clap::{ArgGroup, Args, Subcommand};
 use clap_complete::engine::ArgValueCompleter;
 use jiff::Timestamp;
 use longshore_client::{
-    Client, idempotency_key,
+    Client, Error, idempotency_key,
     proto::{
-        self, BasicAuth, ListImagesRequest, Platform, PruneImagesRequest, PruneReason,
-        PullImageRequest, RegistryAuth, RemoveImageRequest, TagImageRequest,
+        self, BasicAuth, ImportImageRequest, ImportTarget, ListImagesRequest,
+        ListRemoteImagesRequest, Platform, PruneImagesRequest, PruneReason, PullImageRequest,
+        RegistryAuth, RemoveImageRequest, TagImageRequest, import_image_request,
         registry_auth::Credential,
     },
 };
+use tokio::io::AsyncReadExt as _;
 
 use super::each;
 use crate::{
@@ -88,7 +90,8 @@ fn platform(text: &str) -> Result<Platform, String> {
 
 #[derive(Debug, Args)]
 pub(crate) struct Pull {
-    /// What to pull, as in busybox, ghcr.io/me/app:1.2 or NAME@sha256:…
+    /// What to pull, as in busybox, ghcr.io/me/app:1.2, NAME@sha256:… or, from a remote,
+    /// images:debian/bookworm
     #[arg(required = true, value_name = "IMAGE", add = ArgValueCompleter::new(Every(Live::Images)))]
     images: Vec<String>,
     /// Pull for another platform, as in linux/arm64
@@ -127,7 +130,223 @@ impl Pull {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Images {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    #[command(flatten)]
+    list: List,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// List what the remotes offer: distributions' images, for system containers
+    RemoteList(RemoteList),
+    /// Make an image of files: a unified image, metadata and root tree, or a root tree alone
+    Import(Import),
+}
+
+impl Images {
+    pub(crate) async fn run(self, app: &App) -> Result<ExitCode> {
+        match self.verb {
+            None => self.list.run(app).await,
+            Some(Verb::RemoteList(list)) => list.run(app).await,
+            Some(Verb::Import(import)) => import.run(app).await,
+        }
+    }
+}
+
+/// Tars, as they are or as gzip, xz, lzma or zstd
+#[derive(Debug, Args)]
+struct Import {
+    /// A unified image or a root tree; or metadata, and then the root tree
+    #[arg(required = true, num_args = 1..=2, value_name = "FILE")]
+    files: Vec<std::path::PathBuf>,
+    /// The image's name, as in local/debian:12
+    #[arg(short, long, value_name = "NAME")]
+    tag: Option<String>,
+    /// What a root tree alone is for, as in linux/arm64
+    #[arg(long, value_parser = platform)]
+    platform: Option<Platform>,
+    /// Show no progress
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// What one message of an import carries.
+const IMPORT_CHUNK_BYTES: usize = 256 << 10;
+
+impl Import {
+    async fn run(self, app: &App) -> Result<ExitCode> {
+        let client = app.client().await?;
+        let mut files = Vec::new();
+        for path in &self.files {
+            let open = async {
+                let file = tokio::fs::File::open(path).await?;
+                let metadata = file.metadata().await?;
+                if !metadata.is_file() {
+                    return Err(io::Error::other("is not a regular file"));
+                }
+                Ok((file, metadata.len()))
+            };
+            let opened = open.await;
+            files.push(opened.with_context(|| format!("reading {}", path.display()))?);
+        }
+        let target = ImportTarget {
+            tag: self.tag.unwrap_or_default(),
+            file_sizes: files.iter().map(|(_, size)| *size).collect(),
+            platform: self.platform,
+        };
+        let bar = progress::sending(target.file_sizes.iter().sum(), Show::fitting(self.quiet));
+        let (messages, sent) = tokio::sync::mpsc::channel(4);
+        let send = async {
+            let part = |part| ImportImageRequest { part: Some(part) };
+            // A send fails when the agent has answered, which says why.
+            if messages
+                .send(part(import_image_request::Part::Target(target)))
+                .await
+                .is_err()
+            {
+                return Ok(());
+            }
+            for (file, size) in &mut files {
+                let mut file = file.take(*size);
+                loop {
+                    let mut chunk = Vec::with_capacity(IMPORT_CHUNK_BYTES);
+                    let mut limited = (&mut file).take(IMPORT_CHUNK_BYTES as u64);
+                    let length = limited.read_to_end(&mut chunk).await?;
+                    if length == 0 {
+                        break;
+                    }
+                    bar.inc(length as u64);
+                    let chunk = import_image_request::Part::Chunk(chunk.into());
+                    if messages.send(part(chunk)).await.is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+            drop(messages);
+            Ok::<_, io::Error>(())
+        };
+        let mut images = client.images();
+        let import = images.import_image(tokio_stream::wrappers::ReceiverStream::new(sent));
+        let (sent, imported) = tokio::join!(send, import);
+        bar.finish_and_clear();
+        let names: Vec<_> = self
+            .files
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect();
+        sent.with_context(|| format!("reading {}", names.join(" and ")))?;
+        let imported = imported
+            .map_err(|status| Error::from_status(client.address(), status))
+            .with_context(|| format!("importing {}", names.join(" and ")))?
+            .into_inner();
+        let image = imported.image.unwrap_or_default();
+        if app.output.for_programs() {
+            app.output.data(&json(&image)?)?;
+        } else {
+            app.output.line(&image.id)?;
+        }
+        Ok(ExitCode::OK)
+    }
+}
+
+#[derive(Debug, Args)]
+struct RemoteList {
+    /// Only of this remote
+    #[arg(value_name = "REMOTE")]
+    remote: Option<String>,
+    /// Only this distribution, as in debian
+    #[arg(short, long, value_name = "DIST")]
+    dist: Option<String>,
+    /// Only this release, by name or title, as in bookworm or 12
+    #[arg(short, long)]
+    release: Option<String>,
+    /// Only this architecture, as in amd64
+    #[arg(short, long)]
+    arch: Option<String>,
+    /// Only this variant, as in default or cloud
+    #[arg(long)]
+    variant: Option<String>,
+}
+
+impl RemoteList {
+    async fn run(self, app: &App) -> Result<ExitCode> {
+        let request = ListRemoteImagesRequest {
+            remote: self.remote.unwrap_or_default(),
+            os: self.dist.unwrap_or_default(),
+            release: self.release.unwrap_or_default(),
+            architecture: self.arch.unwrap_or_default(),
+            variant: self.variant.unwrap_or_default(),
+            ..Default::default()
+        };
+        let rows = app
+            .ask(|client| {
+                let request = request.clone();
+                async move { client.all_remote_images(request).await }
+            })
+            .await?;
+        let images = || {
+            rows.iter()
+                .flat_map(|(node, images)| images.iter().map(move |image| (node.as_str(), image)))
+        };
+        if app.output.for_programs() {
+            app.output
+                .list(images().map(|(node, image)| (app.many().then_some(node), image)))?;
+            return Ok(app.outcome());
+        }
+        if images().next().is_none() && !app.many() {
+            terminal::note(
+                "nothing is offered; remotes are named in [image.remotes] of the agent's configuration",
+            );
+        }
+        let mut table = Table::new(&[
+            Column::text("DIST"),
+            Column::text("RELEASE"),
+            Column::text("ARCH"),
+            Column::text("VARIANT"),
+            Column::text("BUILD"),
+            Column::number("SIZE"),
+            Column::text("REFERENCE"),
+            Column::wide("FINGERPRINT"),
+        ])
+        .first(app.node_column());
+        for (node, image) in images() {
+            let mut row = remote_row(image);
+            app.name_row(&mut row, node);
+            table.push(row);
+        }
+        app.output.table(&table)?;
+        Ok(app.outcome())
+    }
+}
+
+fn remote_row(image: &proto::RemoteImage) -> Vec<Cell> {
+    let or_dash = |text: &str| if text.is_empty() { "-" } else { text }.to_owned();
+    let size = match image.size_bytes {
+        0 => "-".to_owned(),
+        bytes => human::bytes(bytes),
+    };
+    let reference = if image.unreadable.is_empty() {
+        Cell::from(or_dash(&image.reference))
+    } else {
+        Cell::toned(format!("only {}", image.unreadable.join(", ")), Tone::Dim)
+    };
+    row![
+        &image.os,
+        &image.release,
+        &image.architecture,
+        &image.variant,
+        &image.serial,
+        size,
+        reference,
+        or_dash(&image.fingerprint),
+    ]
+}
+
+#[derive(Debug, Args)]
+struct List {
     /// Only the image with this name or id
     #[arg(value_name = "IMAGE", add = ArgValueCompleter::new(Every(Live::Images)))]
     image: Option<String>,
@@ -139,8 +358,8 @@ pub(crate) struct Images {
     labels: Vec<parse::Pair>,
 }
 
-impl Images {
-    pub(crate) async fn run(self, app: &App) -> Result<ExitCode> {
+impl List {
+    async fn run(self, app: &App) -> Result<ExitCode> {
         let request = ListImagesRequest {
             image: self.image.clone().unwrap_or_default(),
             label_selector: super::container::labels(&self.labels),

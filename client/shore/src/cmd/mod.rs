@@ -90,7 +90,8 @@ pub(crate) enum Command {
 
     /// Pull images
     Pull(image::Pull),
-    /// List images
+    /// List images, and what remotes offer
+    #[command(visible_alias = "image")]
     Images(image::Images),
     /// Give an image one more name
     Tag(image::Tag),
