@@ -10,7 +10,7 @@ use longshore_tests::{
     machine::Machine,
     node::{Node, Options},
     pods::wait_for,
-    remote::{Remote, metadata, xz},
+    remote::{Remote, SERIAL, metadata, xz},
 };
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt as _;
@@ -348,6 +348,95 @@ async fn files_are_imported_in_each_form() -> Result<()> {
         std::fs::read_dir(node.data_dir().join("layers"))?.count(),
         0
     );
+    node.finish().await
+}
+
+/// All bytes of an export.
+async fn export(
+    images: &mut Images,
+    image: &str,
+    packing: api::ExportPacking,
+) -> Result<Vec<u8>, Status> {
+    let request = api::ExportImageRequest {
+        image: image.to_owned(),
+        packing: packing.into(),
+    };
+    let mut chunks = images.export_image(request).await?.into_inner();
+    let mut bytes = Vec::new();
+    while let Some(message) = chunks.message().await? {
+        bytes.extend_from_slice(&message.chunk);
+    }
+    Ok(bytes)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_exported_can_be_imported() -> Result<()> {
+    let (node, remote) = fresh().await?;
+    let mut images = client(&node);
+    let long = "long/".repeat(40);
+    let tree = LayerBuilder::new()
+        .dir("sbin")
+        .file("sbin/init", 0o4755, "x")
+        .hardlink("sbin/telinit", "sbin/init")
+        .file(&format!("{long}name"), 0o600, noise(700_000))
+        .symlink("sbin/far", &format!("/{long}name"))
+        .xattrs(&[("user.of", &b"us"[..])])
+        .file("etc/marked", 0o644, "y")
+        .build();
+    remote.offer("debian", "sid", &tree.tar);
+    let pulled = pull(&mut images, "simple:debian/sid").await?;
+    let diff_id = async |images: &mut Images, image: &str| -> Result<String> {
+        let request = api::GetImageRequest {
+            image: image.to_owned(),
+            ..Default::default()
+        };
+        let found = images.get_image(request).await?.into_inner();
+        Ok(found.layers[0].diff_id.clone())
+    };
+    let before = diff_id(&mut images, &pulled.image_id).await?;
+    for (n, packing) in [
+        api::ExportPacking::None,
+        api::ExportPacking::Gzip,
+        api::ExportPacking::Unspecified,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let file = export(&mut images, "simple:debian/sid", packing).await?;
+        let same = export(&mut images, &pulled.image_id, packing).await?;
+        assert!(file == same, "equal images give equal files");
+        let tag = format!("local/again:{n}");
+        let made = import(&mut images, &tag, &sizes(&[&file[..]]), &[&file[..]]).await?;
+        let image = made.image.context("an image")?;
+        for (name, value) in [("os", "debian"), ("release", "sid"), ("serial", SERIAL)] {
+            let label = image.labels.get(&format!("dev.longshore.system.{name}"));
+            assert_eq!(label.map(String::as_str), Some(value), "{packing:?}");
+        }
+        assert!(image.labels["dev.longshore.system.templates"].contains("/etc/hostname"));
+        assert_eq!(diff_id(&mut images, &tag).await?, before, "{packing:?}");
+    }
+    // A caller that leaves in the middle leaves nothing, and an image of a registry is refused.
+    let request = api::ExportImageRequest {
+        image: pulled.image_id.clone(),
+        packing: api::ExportPacking::None.into(),
+    };
+    let mut chunks = images.export_image(request).await?.into_inner();
+    chunks.message().await?.context("a first chunk")?;
+    drop(chunks);
+    let error = export(&mut images, "no/such", api::ExportPacking::None).await;
+    assert_eq!(error.err().context("an error")?.code(), Code::NotFound);
+    images
+        .prune_images(api::PruneImagesRequest::default())
+        .await?;
+    wait_for("all layers go", async || {
+        let pruned = images
+            .prune_images(api::PruneImagesRequest::default())
+            .await?;
+        drop(pruned);
+        Ok(std::fs::read_dir(node.data_dir().join("layers"))?.count() == 0)
+    })
+    .await?;
+    node.fsck_clean().await?;
     node.finish().await
 }
 

@@ -186,6 +186,20 @@ pub enum ImageError {
     /// The root tree has nothing that could be its first process.
     #[error("the root tree has no init: /sbin/init is not there, or leads to no file")]
     NoInit,
+    /// The image is not one that can be exported as a distribution's.
+    #[error("image {image} is no distribution's image: {reason}")]
+    NotSystem {
+        /// The image.
+        image: ImageId,
+        /// What it lacks.
+        reason: &'static str,
+    },
+    /// An export could not be packed, or its caller has gone.
+    #[error("cannot export the image")]
+    Export {
+        /// Why.
+        source: io::Error,
+    },
     /// No remote has this name.
     #[error(
         "no remote `{name}` is configured in image.remotes; there {}",

@@ -8,6 +8,7 @@
 //!   unpacking    each layer once, whoever wants it          (rootfs)
 //! list_remote_images   what remotes offer
 //! import_image   files that a caller sends
+//! export_image   the same, the other way round
 //! remove_image   names, record, and layers that nobody else uses
 //! gc             the same for what nobody asked for, with reasons
 //! content        manifests, configurations, partial blobs   (blobs/)
@@ -19,6 +20,7 @@
 mod config;
 mod content;
 mod error;
+mod export_image;
 mod gc;
 #[allow(clippy::module_inception)] // the record, named for what it is
 mod image;
@@ -47,6 +49,7 @@ use bytes::Bytes;
 
 pub use self::config::ImageChapterConfig;
 pub use self::error::{EndpointFailure, ImageError};
+pub use self::export_image::{Export, ExportPacking};
 pub use self::gc::{PruneRequest, Pruned, PrunedKind};
 pub use self::image::{Image, ImageConfig};
 pub use self::import_image::{ImportRequest, ImportSizes, Imported};

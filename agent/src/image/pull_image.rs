@@ -754,7 +754,7 @@ async fn record(
             .insert(digest.clone(), resolved.manifest_digest.clone());
         let by_digest = reference
             .as_ref()
-            .map(|reference| reference.at_digest(digest));
+            .map(|reference| system::name_by_digest(reference, &resolved.config, digest));
         image.digests.extend(by_digest);
     }
     let tag = reference.as_ref().and_then(Reference::tag);

@@ -51,26 +51,40 @@ pub(super) fn digest(
     Ok((Digest::from_sha256(hash.0.finalize().into()), written))
 }
 
+/// Writes small files and, below `rootfs/`, the tree `root` as one tar.
+pub(super) fn write_unified(
+    root: BorrowedFd<'_>,
+    files: &[(String, Vec<u8>)],
+    out: impl Write,
+    cancelled: &AtomicBool,
+) -> Result<(), LayerError> {
+    let mut writer = Writer::new(root, b"rootfs", out, u64::MAX, cancelled);
+    for (name, content) in files {
+        let head = Head {
+            name: name.clone().into_bytes(),
+            kind: b'0',
+            mode: 0o644,
+            size: content.len() as u64,
+            ..Head::default()
+        };
+        writer.head(&head, name.as_bytes())?;
+        writer.put(content, name.as_bytes())?;
+        writer.fill(head.size, name.as_bytes())?;
+    }
+    writer.tree()
+}
+
 /// Writes the tar of the tree `root` and returns its length; see [`digest`].
-pub(super) fn write(
+fn write(
     root: BorrowedFd<'_>,
     out: impl Write,
     limit_bytes: u64,
     cancelled: &AtomicBool,
 ) -> Result<u64, LayerError> {
-    let mut writer = Writer {
-        root,
-        out,
-        written: 0,
-        limit_bytes,
-        cancelled,
-        first_names: HashMap::new(),
-        buffer: vec![0; BUFFER],
-    };
+    let mut writer = Writer::new(root, b"", out, limit_bytes, cancelled);
     writer.tree()?;
     Ok(writer.written)
 }
-
 struct Hash(Sha256);
 
 impl Write for Hash {
@@ -86,6 +100,8 @@ impl Write for Hash {
 
 struct Writer<'a, W> {
     root: BorrowedFd<'a>,
+    /// What the names of the tree begin with.
+    top: &'static [u8],
     out: W,
     written: u64,
     limit_bytes: u64,
@@ -95,7 +111,36 @@ struct Writer<'a, W> {
     buffer: Vec<u8>,
 }
 
-impl<W: Write> Writer<'_, W> {
+impl<'a, W: Write> Writer<'a, W> {
+    fn new(
+        root: BorrowedFd<'a>,
+        top: &'static [u8],
+        out: W,
+        limit_bytes: u64,
+        cancelled: &'a AtomicBool,
+    ) -> Self {
+        Self {
+            root,
+            top,
+            out,
+            written: 0,
+            limit_bytes,
+            cancelled,
+            first_names: HashMap::new(),
+            buffer: vec![0; BUFFER],
+        }
+    }
+
+    /// The name in the archive of something in the tree.
+    fn named(&self, path: &[u8]) -> Vec<u8> {
+        match (self.top, path) {
+            (b"", b"") => b".".to_vec(),
+            (b"", path) => path.to_vec(),
+            (top, b"") => top.to_vec(),
+            (top, path) => [top, b"/", path].concat(),
+        }
+    }
+
     fn tree(&mut self) -> Result<(), LayerError> {
         self.entry(b"")?;
         let mut above = vec![(Vec::new(), self.names(b"")?.into_iter())];
@@ -148,11 +193,11 @@ impl<W: Write> Writer<'_, W> {
         let fd = self.open(path, OFlags::PATH)?;
         let stat = fstat(&fd).map_err(failed("fstat", path))?;
         let kind = FileType::from_raw_mode(stat.st_mode);
-        let mut head = Head::new(path, &stat);
+        let mut head = Head::new(self.named(path), &stat);
         match kind {
             FileType::Directory => {
                 head.kind = b'5';
-                head.name = [if path.is_empty() { b"." } else { path }, b"/"].concat();
+                head.name.push(b'/');
                 let fd = self.open(path, OFlags::RDONLY | OFlags::DIRECTORY)?;
                 head.xattrs(&fd).map_err(failed("fgetxattr", path))?;
                 self.head(&head, path)?;
@@ -168,7 +213,7 @@ impl<W: Write> Writer<'_, W> {
                 if stat.st_nlink > 1 {
                     if let Some(first) = self.first_names.get(&stat.st_ino) {
                         head.kind = b'1';
-                        head.link.clone_from(first);
+                        head.link = self.named(first);
                         return self.head(&head, path).map(|()| false);
                     }
                     self.first_names.insert(stat.st_ino, path.to_vec());
@@ -264,9 +309,9 @@ struct Head {
 }
 
 impl Head {
-    fn new(path: &[u8], stat: &Stat) -> Self {
+    fn new(name: Vec<u8>, stat: &Stat) -> Self {
         Self {
-            name: path.to_vec(),
+            name,
             kind: b'0',
             mode: stat.st_mode & 0o7777,
             uid: stat.st_uid,

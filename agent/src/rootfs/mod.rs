@@ -33,7 +33,7 @@ use std::{
     io,
     os::unix::{ffi::OsStrExt, fs::DirBuilderExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::AtomicBool},
 };
 
 use rustix::{
@@ -334,6 +334,22 @@ impl Rootfs {
         let found = merge::directory(self.open_layers(layers_base_first)?, path)?;
         let absolute = |part: merge::Part| self.inner.layers.path.join(part.path);
         Ok(found.map(|parts| parts.into_iter().map(absolute).collect()))
+    }
+
+    /// Writes small files and, below `rootfs/`, the tree of `layer` to `out` as one tar; blocking.
+    ///
+    /// # Errors
+    /// `LayerLost`, `Layer`, also when `out` takes nothing more.
+    pub fn write_unified(
+        &self,
+        layer: &Layer,
+        files: &[(String, Vec<u8>)],
+        out: impl io::Write,
+        cancelled: &AtomicBool,
+    ) -> Result<(), RootfsError> {
+        let root = self.open_layer(layer)?.fd;
+        canonical::write_unified(root.as_fd(), files, out, cancelled)?;
+        Ok(())
     }
 
     fn open_layers(&self, layers_base_first: &[Layer]) -> Result<merge::Merged, RootfsError> {

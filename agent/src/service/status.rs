@@ -693,6 +693,11 @@ impl ToStatus for ImageError {
             }
             Self::NoInit => Verdict::new(Code::FailedPrecondition, ErrorReason::ImageRefused)
                 .fact("path", "/sbin/init"),
+            Self::NotSystem { image, .. } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::ImageRefused)
+                    .fact("image", image)
+            }
+            Self::Export { source } => system("export image", source),
             Self::UnknownRemote { name, known } => {
                 Verdict::new(Code::InvalidArgument, ErrorReason::InvalidField)
                     .fact("field", "reference")

@@ -203,10 +203,38 @@ pub(crate) fn platform_of(architecture: &str) -> Option<Platform> {
     })
 }
 
+/// What a kernel calls the processor of `platform`.
+pub(crate) fn kernel_name_of(platform: &Platform) -> &str {
+    match (platform.architecture.as_str(), platform.variant.as_deref()) {
+        ("amd64", _) => "x86_64",
+        ("arm64", _) => "aarch64",
+        ("arm", Some("v6")) => "armv6l",
+        ("arm", _) => "armv7l",
+        ("386", _) => "i686",
+        ("loong64", _) => "loongarch64",
+        (other, _) => other,
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_processor_has_the_same_platform_by_each_of_its_names() {
+        for name in [
+            "amd64", "arm64", "armhf", "armel", "i386", "ppc64el", "s390x", "riscv64", "loong64",
+        ] {
+            let platform = platform_of(name).unwrap();
+            assert_eq!(
+                platform_of(kernel_name_of(&platform)),
+                Some(platform.clone()),
+                "{name}"
+            );
+        }
+        assert_eq!(platform_of("default"), None);
+    }
 
     fn version(serial: &str) -> Version {
         Version {

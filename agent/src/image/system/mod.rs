@@ -24,13 +24,30 @@ use serde_json::json;
 
 pub(crate) use self::init::Init;
 use self::metadata::Metadata;
+use self::reference::Reference;
 use super::error::ImageError;
+use super::image::ImageConfig;
 use super::manifest::{self, Document, Manifest, Platform};
 use super::unpacking::ReadyRoot;
 use crate::id::Digest;
 
 /// Beginning of the labels that say what a system container's image is.
 pub const SYSTEM_LABEL: &str = "dev.longshore.system.";
+
+/// The name by digest that an image gets: a remote knows it by its fingerprint, which a pull takes,
+/// a registry by its manifest.
+pub(crate) fn name_by_digest(
+    reference: &Reference,
+    config: &ImageConfig,
+    manifest: &Digest,
+) -> String {
+    let fingerprint = match reference {
+        Reference::Remote(_) => config.labels.get(&format!("{SYSTEM_LABEL}fingerprint")),
+        Reference::Registry(_) => None,
+    };
+    let fingerprint = fingerprint.and_then(|hex| format!("sha256:{hex}").parse().ok());
+    reference.at_digest(fingerprint.as_ref().unwrap_or(manifest))
+}
 
 /// What is known about an image beside its root tree.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use super::catalog::{Content, Item, Product, Version};
 use super::metadata::Metadata;
 use super::reference::{Reference, RemoteRef};
-use super::{About, SYSTEM_LABEL, describe};
+use super::{About, SYSTEM_LABEL, describe, name_by_digest};
 use crate::blocking;
 use crate::id::{Digest, Face, ImageId};
 use crate::image::content::Partial;
@@ -168,7 +168,8 @@ impl Wish<'_> {
         let (reference, face) = (&self.request.reference, self.request.face);
         let mut image = Image::clone(&before);
         image.faces.insert(face);
-        image.digests.insert(reference.at_digest(&manifest_digest));
+        let by_digest = name_by_digest(reference, &image.config, &manifest_digest);
+        image.digests.insert(by_digest);
         let new_tag = reference.tag().filter(|tag| image.tags.insert(tag.clone()));
         let changed = image != *before;
         if changed {

@@ -36,7 +36,7 @@ impl Reference {
         }
     }
 
-    /// Returns the name of the same image by the digest of a manifest.
+    /// Returns the name of the same image by a digest.
     pub(crate) fn at_digest(&self, digest: &Digest) -> String {
         match self {
             Reference::Registry(reference) => reference.at_digest(digest).to_string(),

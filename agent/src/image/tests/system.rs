@@ -262,6 +262,12 @@ async fn a_build_of_a_remote_becomes_an_image_of_one_layer() {
     );
     let pinned = format!("images:debian/12@sha256:{}", label("fingerprint").unwrap());
     assert_eq!(pull_text(&node, &pinned).await.unwrap().image, image.id);
+    // Its names by digest can be pulled, too.
+    let names = node.image(reference).unwrap().digests.clone();
+    assert_eq!(names.len(), 3, "{names:?}");
+    for name in names {
+        assert!(!pull_text(&node, &name).await.unwrap().changed, "{name}");
+    }
     assert!(matches!(
         node.remove(image.id.as_str()).await,
         Removal::Removed(_)

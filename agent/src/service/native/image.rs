@@ -260,6 +260,7 @@ fn user(at: &Snapshot, id: &ImageId) -> Option<String> {
 #[tonic::async_trait]
 impl ImageService for Native {
     type PullImageStream = Streamed<pb::PullImageResponse>;
+    type ExportImageStream = Streamed<pb::ExportImageResponse>;
 
     async fn pull_image(
         &self,
@@ -328,6 +329,22 @@ impl ImageService for Native {
             image: Some(render::image(&image)),
             changed: imported.changed,
         }))
+    }
+
+    async fn export_image(
+        &self,
+        request: Request<pb::ExportImageRequest>,
+    ) -> Result<Response<Self::ExportImageStream>, Status> {
+        let request = request.into_inner();
+        parse::image("image", &request.image).map_err(refused)?;
+        let packing = parse::packing(request.packing).map_err(refused)?;
+        let export = self.agent.images.export(&request.image, packing).await;
+        let chunks = stream::unfold(export.map_err(refused)?, |mut export| async move {
+            let chunk = export.next().await?;
+            let answer = chunk.map(|chunk| pb::ExportImageResponse { chunk });
+            Some((answer.map_err(refused), export))
+        });
+        Ok(Response::new(Box::pin(chunks)))
     }
 
     async fn list_remote_images(

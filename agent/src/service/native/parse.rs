@@ -16,8 +16,8 @@ use crate::{
     clock::Time,
     id::Face,
     image::{
-        ImageRef, ImportRequest, ImportSizes, Platform, Reference, RegistryAuth, RemoteFilter,
-        Secret,
+        ExportPacking, ImageRef, ImportRequest, ImportSizes, Platform, Reference, RegistryAuth,
+        RemoteFilter, Secret,
     },
     lifecycle::{
         AttachWish, ExecWish, LifecycleChapterConfig,
@@ -580,6 +580,20 @@ pub(super) fn import(target: pb::ImportTarget) -> Parsed<ImportRequest> {
         face: Face::Native,
         sizes,
     })
+}
+
+/// How an export is packed.
+pub(super) fn packing(value: i32) -> Parsed<ExportPacking> {
+    match pb::ExportPacking::try_from(value) {
+        Ok(pb::ExportPacking::Unspecified | pb::ExportPacking::Zstd) => Ok(ExportPacking::Zstd),
+        Ok(pb::ExportPacking::None) => Ok(ExportPacking::Plain),
+        Ok(pb::ExportPacking::Gzip) => Ok(ExportPacking::Gzip),
+        Err(_) => Err(NativeError::invalid(
+            "packing",
+            value,
+            "a value of ExportPacking",
+        )),
+    }
 }
 
 /// A tag to give: no digest.

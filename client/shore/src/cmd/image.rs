@@ -9,13 +9,13 @@ use jiff::Timestamp;
 use longshore_client::{
     Client, Error, idempotency_key,
     proto::{
-        self, BasicAuth, ImportImageRequest, ImportTarget, ListImagesRequest,
-        ListRemoteImagesRequest, Platform, PruneImagesRequest, PruneReason, PullImageRequest,
-        RegistryAuth, RemoveImageRequest, TagImageRequest, import_image_request,
+        self, BasicAuth, ExportImageRequest, ExportPacking, ImportImageRequest, ImportTarget,
+        ListImagesRequest, ListRemoteImagesRequest, Platform, PruneImagesRequest, PruneReason,
+        PullImageRequest, RegistryAuth, RemoveImageRequest, TagImageRequest, import_image_request,
         registry_auth::Credential,
     },
 };
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::each;
 use crate::{
@@ -144,6 +144,8 @@ enum Verb {
     RemoteList(RemoteList),
     /// Make an image of files: a unified image, metadata and root tree, or a root tree alone
     Import(Import),
+    /// Write a distribution's image to a file, as a unified image
+    Export(Export),
 }
 
 impl Images {
@@ -152,7 +154,85 @@ impl Images {
             None => self.list.run(app).await,
             Some(Verb::RemoteList(list)) => list.run(app).await,
             Some(Verb::Import(import)) => import.run(app).await,
+            Some(Verb::Export(export)) => export.run(app).await,
         }
+    }
+}
+
+#[derive(Debug, Args)]
+struct Export {
+    /// The image, by name or id
+    #[arg(value_name = "IMAGE", add = ArgValueCompleter::new(Every(Live::Images)))]
+    image: String,
+    /// Where to, as in debian.tar.zst; the name's end says how it is packed: .tar, .tar.gz or .tar.zst
+    #[arg(value_name = "FILE", value_parser = exported)]
+    file: Exported,
+}
+
+/// A file to export to.
+#[derive(Debug, Clone)]
+struct Exported {
+    path: std::path::PathBuf,
+    packing: ExportPacking,
+}
+
+fn exported(text: &str) -> Result<Exported, String> {
+    let packings = [
+        (".tar", ExportPacking::None),
+        (".tar.gz", ExportPacking::Gzip),
+        (".tgz", ExportPacking::Gzip),
+        (".tar.zst", ExportPacking::Zstd),
+    ];
+    let found = packings.into_iter().find(|(end, _)| text.ends_with(end));
+    let (_, packing) = found.ok_or("end the name in .tar, .tar.gz or .tar.zst")?;
+    Ok(Exported {
+        path: text.into(),
+        packing,
+    })
+}
+
+impl Export {
+    async fn run(self, app: &App) -> Result<ExitCode> {
+        let client = app.client().await?;
+        let request = ExportImageRequest {
+            image: self.image.clone(),
+            packing: self.file.packing.into(),
+        };
+        let failed = |status| Error::from_status(client.address(), status);
+        let mut chunks = client
+            .images()
+            .export_image(request)
+            .await
+            .map_err(failed)?
+            .into_inner();
+        // Half of a file never has the name of a whole one.
+        let path = &self.file.path;
+        let mut unfinished = path.clone().into_os_string();
+        unfinished.push(".unfinished");
+        let unfinished = std::path::PathBuf::from(unfinished);
+        let write = async {
+            let mut file = tokio::fs::File::create(&unfinished)
+                .await
+                .with_context(|| format!("creating {}", unfinished.display()))?;
+            let mut length = 0;
+            while let Some(message) = chunks.message().await.map_err(failed)? {
+                file.write_all(&message.chunk).await?;
+                length += message.chunk.len() as u64;
+            }
+            file.flush().await?;
+            tokio::fs::rename(&unfinished, path).await?;
+            anyhow::Ok(length)
+        };
+        let written = write
+            .await
+            .with_context(|| format!("writing {}", path.display()));
+        if written.is_err() {
+            let _ = std::fs::remove_file(&unfinished);
+        }
+        let length = written?;
+        app.output
+            .line(&format!("{} ({})", path.display(), human::bytes(length)))?;
+        Ok(ExitCode::OK)
     }
 }
 
@@ -657,6 +737,19 @@ fn confirmed(question: &str) -> Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_of_a_name_says_how_an_export_is_packed() {
+        for (name, packing) in [
+            ("a.tar", ExportPacking::None),
+            ("x/a.tar.gz", ExportPacking::Gzip),
+            ("a.tgz", ExportPacking::Gzip),
+            ("a.tar.zst", ExportPacking::Zstd),
+        ] {
+            assert_eq!(exported(name).expect("valid").packing, packing, "{name}");
+        }
+        assert!(exported("a.tar.xz").is_err());
+    }
 
     #[test]
     fn platforms_have_two_or_three_parts() {
