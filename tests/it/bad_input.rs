@@ -16,6 +16,7 @@ use longshore_proto::{
     },
 };
 use longshore_tests::pods::{Bench, Pod, container, options, pod, resources, security};
+use prost::Message as _;
 use tonic::{Code, Request, Response, Status};
 use tonic_types::StatusExt as _;
 
@@ -2196,6 +2197,14 @@ async fn wrong_requests_are_refused_by_field_and_change_nothing() -> Result<()> 
                 }
                 Ok(Err(status)) => status,
             };
+        // What clients in Go compare: where the details name another code, the answer is Internal.
+        if !status.details().is_empty() {
+            let told = tonic_types::Status::decode(status.details())?;
+            let named = (Code::from(told.code), told.message.as_str());
+            if named != (status.code(), status.message()) {
+                wrong.push(format!("{label}: {status:?}, and {named:?} in its details"));
+            }
+        }
         if !case.codes.contains(&status.code()) {
             wrong.push(format!(
                 "{label}: {:?} {}",

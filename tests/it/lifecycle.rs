@@ -6,8 +6,12 @@ use anyhow::{Context as _, Result};
 use longshore_proto::cri::v1::{self as cri, ContainerState, NamespaceMode, PodSandboxState};
 use longshore_tests::{
     images::{ImageBuilder, LayerBuilder},
-    pods::{Bench, Pod, container, options, pod, read_log, resources, script, security, wait_for},
+    pods::{
+        Bench, Pod, container, host_network_pod, options, pod, read_log, resources, script,
+        security, wait_for,
+    },
 };
+use prost::Message as _;
 use serde_json::json;
 use tonic::Code;
 
@@ -151,6 +155,9 @@ pub(crate) async fn what_cannot_start_says_why() -> Result<()> {
         };
         let error = bench.start_container(&id).await.expect_err(command);
         assert!(error.message().contains(command), "{error:?}");
+        let told = tonic_types::Status::decode(error.details())?;
+        let named = (tonic::Code::from(told.code), told.message.as_str());
+        assert_eq!(named, (error.code(), error.message()), "{command}");
         let status = bench.status(&id).await?;
         assert_eq!(status.state(), ContainerState::ContainerExited);
         assert_eq!(
@@ -1467,6 +1474,26 @@ pub(crate) async fn stats_tell_what_is_used() -> Result<()> {
             .is_some_and(|count| count.value >= 1)
     );
     assert_eq!(linux.containers.len(), 1);
+    // In the host's network nothing is a pod's own; kubelet would follow a network without a default.
+    let mut config = host_network_pod("stats-host");
+    config.labels = HashMap::from([("network".to_owned(), "host".to_owned())]);
+    bench.run(config).await?;
+    let request = cri::ListPodSandboxStatsRequest::default();
+    let all = bench
+        .runtime
+        .list_pod_sandbox_stats(request)
+        .await?
+        .into_inner()
+        .stats;
+    assert_eq!(all.len(), 2);
+    for stats in all {
+        let of_host = stats
+            .attributes
+            .is_some_and(|attributes| attributes.labels.contains_key("network"));
+        let network = stats.linux.and_then(|linux| linux.network);
+        assert_eq!(network.is_none(), of_host, "{network:?}");
+        assert!(network.is_none_or(|network| network.default_interface.is_some()));
+    }
     bench.finish().await
 }
 
@@ -1510,8 +1537,75 @@ pub(crate) async fn events_come_in_order_with_the_state_of_now() -> Result<()> {
             (subject, kind)
         );
         assert!(event.created_at > 0);
+        // The last one names the pod too: kubelet drops its status then.
+        let told = event.pod_sandbox_status.context("a status")?;
+        assert_eq!(
+            (told.id, told.metadata),
+            (pod.id.clone(), pod.config.metadata.clone())
+        );
     }
     bench.finish().await
+}
+
+/// CRI contract 2.7 and 11.1: kubelet keeps the answer with the latest time, so none may lack what an
+/// earlier one told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_later_answer_knows_all_that_earlier_ones_told() -> Result<()> {
+    const CONTAINERS: usize = 40;
+    let mut bench = Bench::start().await?;
+    let toolbox = bench.toolbox.clone();
+    let pod = bench.run(pod("times")).await?;
+    let mut stream = bench
+        .runtime
+        .get_container_events(cri::GetEventsRequest {})
+        .await?
+        .into_inner();
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let askers: Vec<_> = (0..4)
+        .map(|_| {
+            let (mut runtime, stopped) = (bench.runtime.clone(), stopped.clone());
+            let request = cri::PodSandboxStatusRequest {
+                pod_sandbox_id: pod.id.clone(),
+                verbose: false,
+            };
+            tokio::spawn(async move {
+                let mut answers = Vec::new();
+                while !*stopped.borrow() {
+                    let answer = runtime.pod_sandbox_status(request.clone()).await?;
+                    let answer = answer.into_inner();
+                    answers.push((answer.timestamp, ids(&answer.containers_statuses)));
+                }
+                anyhow::Ok(answers)
+            })
+        })
+        .collect();
+    for number in 0..CONTAINERS {
+        let name = format!("one-{number}");
+        bench
+            .create(&pod, container(&name, &toolbox, &["true"]))
+            .await?;
+    }
+    let mut told = Vec::new();
+    while told.len() < CONTAINERS {
+        let event = tokio::time::timeout(longshore_tests::pods::WAIT_LIMIT, stream.message())
+            .await??
+            .context("the stream ended")?;
+        assert!(ids(&event.containers_statuses).contains(&event.container_id));
+        told.push((event.created_at, event.container_id));
+    }
+    stop.send_replace(true);
+    for asker in askers {
+        for (timestamp, known) in asker.await?? {
+            for (at, id) in told.iter().filter(|(at, _)| *at < timestamp) {
+                assert!(known.contains(id), "{timestamp} lacks {id}, told at {at}");
+            }
+        }
+    }
+    bench.finish().await
+}
+
+fn ids(statuses: &[cri::ContainerStatus]) -> std::collections::BTreeSet<String> {
+    statuses.iter().map(|status| status.id.clone()).collect()
 }
 
 /// CRI contract 10.1: conditions.

@@ -154,19 +154,29 @@ impl EventLog {
     }
 
     /// What is still kept of a sandbox and its containers, oldest first, at most `limit` of the newest.
-    /// It looks through the whole log: for people who ask, not for programs that poll.
+    /// It looks through the log from its end to the sandbox's beginning.
     pub fn about(&self, sandbox: &SandboxId, limit: usize) -> Vec<Event> {
-        let id = sandbox.as_str().as_bytes();
-        let mut found: Vec<Event> = self
-            .store
-            .snapshot()
-            .events_after((0, 0), usize::MAX)
-            .iter()
-            .filter(|row| row.body.windows(id.len()).any(|part| part == id))
-            .filter_map(|row| Event::decode(row).ok())
-            .filter(|event| event.what.sandbox_id.as_ref() == Some(sandbox))
-            .collect();
-        found.drain(..found.len().saturating_sub(limit));
+        let snapshot = self.store.snapshot();
+        let mut found: Vec<Event> = Vec::new();
+        for row in snapshot.events_back() {
+            if found.len() == limit {
+                break;
+            }
+            let named =
+                std::str::from_utf8(&row.body).is_ok_and(|body| body.contains(sandbox.as_str()));
+            let Some(event) = named.then(|| Event::decode(row).ok()).flatten() else {
+                continue;
+            };
+            if event.what.sandbox_id.as_ref() != Some(sandbox) {
+                continue;
+            }
+            let first = event.what.kind == EventKind::SandboxCreated;
+            found.push(event);
+            if first {
+                break;
+            }
+        }
+        found.reverse();
         found
     }
 

@@ -159,13 +159,22 @@ impl Operation for RemovePodSandbox {
         let changes = Changes::new()
             .delete::<Sandbox>(self.id.as_str())
             .release_holder(Sandbox::holder(&self.id))
-            .event(
-                EventDraft::new(EventKind::SandboxRemoved, sandbox.config.face).sandbox(&self.id),
-            );
+            .event(removed(&sandbox));
         (changes, ())
     }
 
     fn unwound(&self, _: Option<&LifecycleError>, _: &Snapshot) -> Changes {
         Changes::new()
     }
+}
+
+/// With the name: when it is told, there is no record to ask any more.
+fn removed(sandbox: &Sandbox) -> EventDraft {
+    let (config, key) = (&sandbox.config, &sandbox.config.key);
+    EventDraft::new(EventKind::SandboxRemoved, config.face)
+        .sandbox(&sandbox.id)
+        .attribute("name", &key.name)
+        .attribute("namespace", &key.namespace)
+        .attribute("uid", &key.uid)
+        .attribute("attempt", key.attempt.to_string())
 }

@@ -127,6 +127,11 @@ impl Snapshot {
             .map(|(_, row)| Arc::clone(row))
             .collect()
     }
+
+    /// All events that are still kept, the newest first.
+    pub fn events_back(&self) -> impl Iterator<Item = &Arc<EventRow>> {
+        self.0.events.iter().rev().map(|(_, row)| row)
+    }
 }
 
 fn typed<R: Record>(record: &Arc<dyn Any + Send + Sync>) -> Arc<R> {

@@ -230,11 +230,33 @@ async fn wrong_image_volumes_are_refused_by_name() -> Result<()> {
         assert!(error.message().contains(part), "{error:?}");
     }
     assert!(!host.exists());
-    // The name is free, and without an image nothing is asked of it.
-    let mut config = script("main", &toolbox, "ls /volume");
-    config.mounts = vec![good];
+    // A sub path of nothing is told by its field.
+    let mut config = script("main", &toolbox, "true");
+    config.mounts = vec![cri::Mount {
+        image: None,
+        ..good.clone()
+    }];
+    let error = bench.create(&pod, config).await.expect_err("no source");
+    assert_eq!(error.code(), Code::InvalidArgument, "{error:?}");
+    assert!(
+        error.message().contains("config.mounts[0].image is"),
+        "{error:?}"
+    );
+    // The name is free; beside an image kubelet gives paths of the host a sub path too, and means none.
+    let beside = bench.node.dir().join("beside");
+    fs::create_dir_all(&beside)?;
+    fs::write(beside.join("seen"), "")?;
+    let mut config = script("main", &toolbox, "ls /volume /beside");
+    let of_host = cri::Mount {
+        container_path: "/beside".to_owned(),
+        host_path: beside.to_string_lossy().into_owned(),
+        image: None,
+        ..good.clone()
+    };
+    config.mounts = vec![good, of_host];
     let (_, output) = bench.run_to_end(&pod, config).await?;
     assert!(output.contains("passwd\n"), "{output}");
+    assert!(output.contains("seen\n"), "{output}");
     bench.finish().await
 }
 

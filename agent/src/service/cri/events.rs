@@ -5,7 +5,8 @@ use longshore_proto::cri::v1 as cri;
 
 use super::{Cri, Streamed, render};
 use crate::{
-    event::{Event, EventKind, Watch},
+    clock::Time,
+    event::{Event, EventDraft, EventKind, Watch},
     id::Face,
     lifecycle::sandbox::Sandbox,
     service::status::ToStatus as _,
@@ -59,6 +60,10 @@ impl Cri {
             | EventKind::NetworkDeleted => return None,
         };
         let sandbox_id = what.sandbox_id.as_ref()?;
+        // Kubelet keeps the answer with the latest time, of these and of PodSandboxStatus. The time of
+        // the event's commit may be before that of a status which does not have it yet; this one is
+        // after every such status, and before what this answer does not know.
+        let created_at = Time::now().unix_ns();
         let at = self.agent.store.snapshot();
         let sandbox = at.get::<Sandbox>(sandbox_id.as_str());
         let containers = self.agent.lifecycle.containers_of(&at, sandbox_id);
@@ -68,12 +73,31 @@ impl Cri {
                 .as_ref()
                 .map_or_else(|| sandbox_id.to_string(), ToString::to_string),
             container_event_type: kind.into(),
-            created_at: event.at.unix_ns(),
-            pod_sandbox_status: sandbox.map(|sandbox| render::sandbox_status(&sandbox)),
+            created_at,
+            pod_sandbox_status: match sandbox {
+                Some(sandbox) => Some(render::sandbox_status(&sandbox)),
+                None => removed(what),
+            },
             containers_statuses: containers
                 .iter()
                 .map(|container| render::container_status(container))
                 .collect(),
         })
     }
+}
+
+/// What is still known of a sandbox that is gone. Kubelet passes over events that name no pod.
+fn removed(what: &EventDraft) -> Option<cri::PodSandboxStatus> {
+    let known = |name| what.attributes.get(name).cloned();
+    Some(cri::PodSandboxStatus {
+        id: what.sandbox_id.as_ref()?.to_string(),
+        metadata: Some(cri::PodSandboxMetadata {
+            name: known("name")?,
+            namespace: known("namespace")?,
+            uid: known("uid")?,
+            attempt: known("attempt")?.parse().ok()?,
+        }),
+        state: cri::PodSandboxState::SandboxNotready.into(),
+        ..Default::default()
+    })
 }

@@ -670,7 +670,9 @@ fn mount_source(mount: &cri::Mount, at: &str, propagation: Propagation) -> Parse
         return image_source(mount, &image.image, propagation, field)
             .map_err(|error| unmountable("ImageVolumeMountFailed", error));
     }
-    if !mount.image_sub_path.is_empty() {
+    // Kubelet repeats the sub path of a host's directory here in every pod that has an image volume;
+    // the path of the host has it already.
+    if !mount.image_sub_path.is_empty() && mount.host_path.is_empty() {
         return Err(EdgeError::missing(field("image")));
     }
     edge::required(&field("host_path"), &mount.host_path)?;

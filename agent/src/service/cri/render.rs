@@ -1,6 +1,6 @@
 //! Records of the chapters -> CRI messages.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use longshore_proto::cri::v1 as cri;
 
@@ -19,7 +19,7 @@ use crate::{
     rootfs::Usage,
 };
 
-fn map(entries: &std::collections::BTreeMap<String, String>) -> HashMap<String, String> {
+fn map(entries: &BTreeMap<String, String>) -> HashMap<String, String> {
     entries.clone().into_iter().collect()
 }
 
@@ -357,14 +357,6 @@ fn memory(at: i64, readings: &crate::cgroup::CgroupStats) -> cri::MemoryUsage {
 pub(super) fn sandbox_stats(used: &SandboxUse, mountpoint: &str) -> cri::PodSandboxStats {
     let at = used.at.unix_ns();
     let readings = used.cgroup.as_ref();
-    let interfaces: Vec<_> = used
-        .interfaces
-        .iter()
-        .map(|(name, usage)| interface(name, usage))
-        .collect();
-    let (default, others) = interfaces
-        .into_iter()
-        .partition::<Vec<_>, _>(|interface| interface.name == "eth0");
     cri::PodSandboxStats {
         attributes: Some(cri::PodSandboxAttributes {
             id: used.sandbox.id.to_string(),
@@ -375,11 +367,7 @@ pub(super) fn sandbox_stats(used: &SandboxUse, mountpoint: &str) -> cri::PodSand
         linux: Some(cri::LinuxPodSandboxStats {
             cpu: readings.map(|readings| cpu(at, readings, used.cpu_rate_ns)),
             memory: readings.map(|readings| memory(at, readings)),
-            network: Some(cri::NetworkUsage {
-                timestamp: at,
-                default_interface: default.into_iter().next(),
-                interfaces: others,
-            }),
+            network: network_usage(at, &used.interfaces),
             process: Some(cri::ProcessUsage {
                 timestamp: at,
                 process_count: value(readings.map_or(0, |readings| readings.tasks)),
@@ -398,6 +386,23 @@ pub(super) fn sandbox_stats(used: &SandboxUse, mountpoint: &str) -> cri::PodSand
         }),
         windows: None,
     }
+}
+
+/// Nothing for a pod in the host's network. Kubelet takes for granted that what is there has a
+/// default interface (CRI contract 11.3).
+fn network_usage(
+    at: i64,
+    interfaces: &BTreeMap<String, InterfaceUse>,
+) -> Option<cri::NetworkUsage> {
+    let default = interfaces
+        .get_key_value("eth0")
+        .or_else(|| interfaces.first_key_value())?;
+    let others = interfaces.iter().filter(|(name, _)| *name != default.0);
+    Some(cri::NetworkUsage {
+        timestamp: at,
+        default_interface: Some(interface(default.0, default.1)),
+        interfaces: others.map(|(name, usage)| interface(name, usage)).collect(),
+    })
 }
 
 fn interface(name: &str, usage: &InterfaceUse) -> cri::NetworkInterfaceUsage {

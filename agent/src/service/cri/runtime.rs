@@ -4,6 +4,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use longshore_proto::cri::v1::{self as cri, runtime_service_server::RuntimeService};
 use tonic::{Code, Request, Response, Status};
+use tonic_types::StatusExt as _;
 
 use super::{
     Cri, Streamed, chunks,
@@ -12,6 +13,7 @@ use super::{
 };
 use crate::{
     cgroup::CgroupDriver,
+    clock::Time,
     id::Face,
     lifecycle::{LifecycleError, container::Container, sandbox::Sandbox, stats::ContainerUse},
     service::{
@@ -21,9 +23,9 @@ use crate::{
     },
 };
 
-/// The protocol version that kubelet asks for and is answered with.
 /// What the kubelet reads of a node without a network.
 const NETWORK_NOT_READY: &str = "NetworkPluginNotReady";
+/// The protocol version that kubelet asks for and is answered with.
 const KUBELET_API_VERSION: &str = "0.1.0";
 
 fn refused(error: impl ToStatus) -> Status {
@@ -41,11 +43,9 @@ fn refused_command(error: LifecycleError) -> Status {
     if status.code() != Code::NotFound || !matches!(error.root(), LifecycleError::Handler(_)) {
         return status;
     }
-    Status::with_details(
-        Code::Unknown,
-        status.message(),
-        status.details().to_vec().into(),
-    )
+    // The details repeat the code: clients in Go call an answer in which the two differ Internal.
+    let details = status.get_error_details();
+    Status::with_error_details(Code::Unknown, status.message(), details)
 }
 
 fn unsupported<T>(feature: &'static str, missing: &'static str) -> Result<T, Status> {
@@ -258,6 +258,8 @@ impl RuntimeService for Cri {
         request: Request<cri::PodSandboxStatusRequest>,
     ) -> Result<Response<cri::PodSandboxStatusResponse>, Status> {
         let request = request.into_inner();
+        // Before the snapshot: whatever this answer does not know yet has a later time.
+        let timestamp = Time::now().unix_ns();
         let sandbox = self.sandbox(&request.pod_sandbox_id)?;
         let info = if request.verbose {
             render::info(&render::sandbox_info(&self.agent.lifecycle, &sandbox))
@@ -273,7 +275,7 @@ impl RuntimeService for Cri {
                 .iter()
                 .map(|c| render::container_status(c))
                 .collect(),
-            timestamp: crate::clock::Time::now().unix_ns(),
+            timestamp,
         }))
     }
 
