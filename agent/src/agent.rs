@@ -249,10 +249,15 @@ impl Agent {
     /// The server of CRI's streams, started when the first is asked for.
     ///
     /// # Errors
-    /// `Listen` when no loopback port can be had.
+    /// `Listen` when no loopback port can be had; `Tls` when its certificate can't be used.
     pub async fn streaming(&self) -> Result<&Streaming, StreamingError> {
         self.streaming
-            .get_or_try_init(|| Streaming::start(Arc::clone(&self.lifecycle)))
+            .get_or_try_init(|| {
+                Streaming::start(
+                    Arc::clone(&self.lifecycle),
+                    self.config.streaming.tls.as_ref(),
+                )
+            })
             .await
     }
 

@@ -30,6 +30,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// Where the API is served beside the unix socket.
     pub server: ServerConfig,
+    /// Exec, attach and port-forward of CRI.
+    pub streaming: StreamingConfig,
     /// Cgroups.
     pub cgroup: CgroupChapterConfig,
     /// The engine of our own.
@@ -50,6 +52,7 @@ impl Default for Config {
             data_dir: "/var/lib/longshore".into(),
             run_dir: "/run/longshore".into(),
             server: ServerConfig::default(),
+            streaming: StreamingConfig::default(),
             cgroup: CgroupChapterConfig::default(),
             handler: HandlerChapterConfig::default(),
             handlers: BTreeMap::new(),
@@ -80,6 +83,24 @@ pub struct TlsConfig {
     pub key: PathBuf,
     /// PEM certificates of those who sign clients.
     pub client_ca: PathBuf,
+}
+
+/// How CRI's exec, attach and port-forward are served.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StreamingConfig {
+    /// With it, the URLs begin with `https`.
+    pub tls: Option<StreamingTlsConfig>,
+}
+
+/// What the streaming server shows its clients; a token is what they show it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StreamingTlsConfig {
+    /// PEM certificate chain, for 127.0.0.1.
+    pub certificate: PathBuf,
+    /// PEM key of it.
+    pub key: PathBuf,
 }
 
 /// Why the configuration can't be used.

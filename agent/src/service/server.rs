@@ -26,7 +26,10 @@ use tower::layer::util::{Identity as NoLayer, Stack};
 use tower_http::catch_panic::{CatchPanicLayer, DefaultResponseForPanic};
 use tracing::info;
 
-use super::{authority::AnyAuthority, cri::Cri, deadline::DeadlineLayer, native::Native};
+use super::{
+    authority::AnyAuthority, cri::Cri, deadline::DeadlineLayer, native::Native,
+    streaming::StreamingError,
+};
 use crate::{
     agent::Agent,
     config::{ServerConfig, TlsConfig},
@@ -68,6 +71,9 @@ pub enum ServeError {
     /// The server failed, or its TLS configuration is not usable.
     #[error("the server failed")]
     Transport(#[from] tonic::transport::Error),
+    /// The streams of CRI can't be served.
+    #[error("streaming")]
+    Streaming(#[from] StreamingError),
     /// The descriptors of the protocols can't be served.
     #[error("reflection")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -84,6 +90,10 @@ pub async fn serve(agent: &Arc<Agent>, stop: CancellationToken) -> Result<(), Se
         Some(address) => Some(listen_tcp(address).await?),
         None => None,
     };
+    if agent.config.streaming.tls.is_some() {
+        // A certificate that can't be used is told now, not to the first who wants a terminal.
+        agent.streaming().await?;
+    }
     let routes = routes(agent).await?;
     let on_unix = server(None)?
         .add_routes(routes.clone())

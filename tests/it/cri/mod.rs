@@ -9,6 +9,7 @@ mod containers;
 mod devices;
 mod endings;
 mod sandboxes;
+mod streaming;
 mod telling;
 mod volumes;
 

@@ -22,10 +22,11 @@ mod server;
 mod spdy;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod token;
 mod websocket;
 
-use std::{io, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc};
 
 use longshore_proto::longshore::v1::ErrorReason;
 use tokio::net::TcpListener;
@@ -39,6 +40,7 @@ use self::{
 };
 use super::status::{ToStatus, Verdict};
 use crate::{
+    config::StreamingTlsConfig,
     id::{ContainerId, SandboxId},
     lifecycle::Lifecycle,
 };
@@ -101,6 +103,14 @@ pub enum StreamingError {
         /// Why not.
         source: io::Error,
     },
+    /// Its certificate or key can't be used.
+    #[error("streaming.tls: {}: {detail}", path.display())]
+    Tls {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        detail: String,
+    },
 }
 
 impl ToStatus for StreamingError {
@@ -112,6 +122,11 @@ impl ToStatus for StreamingError {
             Self::Listen { address, source } => Verdict::new(Code::Internal, ErrorReason::System)
                 .fact("step", format!("listen on {address}"))
                 .fact("errno", source.raw_os_error().unwrap_or(0)),
+            Self::Tls { path, detail } => {
+                Verdict::new(Code::FailedPrecondition, ErrorReason::System)
+                    .fact("step", format!("read {}", path.display()))
+                    .fact("detail", detail)
+            }
         }
     }
 }
@@ -133,19 +148,25 @@ impl Streaming {
     /// Listens on a free port of the loopback.
     ///
     /// # Errors
-    /// `Listen`.
-    pub async fn start(lifecycle: Arc<Lifecycle>) -> Result<Self, StreamingError> {
+    /// `Listen`, `Tls`.
+    pub async fn start(
+        lifecycle: Arc<Lifecycle>,
+        tls: Option<&StreamingTlsConfig>,
+    ) -> Result<Self, StreamingError> {
+        let tls = tls.map(tls::acceptor).transpose()?;
         let failed = |source| StreamingError::Listen {
             address: ADDRESS,
             source,
         };
         let listener = TcpListener::bind(ADDRESS).await.map_err(failed)?;
-        let base = format!("http://{}", listener.local_addr().map_err(failed)?);
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let base = format!("{scheme}://{}", listener.local_addr().map_err(failed)?);
         let tokens = Arc::new(Tokens::new());
         let stop = CancellationToken::new();
         let server = Server {
             lifecycle,
             tokens: Arc::clone(&tokens),
+            tls,
             stop: stop.clone(),
         };
         tokio::spawn(server.run(listener));

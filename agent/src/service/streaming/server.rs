@@ -8,10 +8,12 @@ use http_body_util::Full;
 use hyper::{body::Incoming, service::service_fn, upgrade::Upgraded};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{sleep, timeout},
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_tungstenite::{WebSocketStream, tungstenite::protocol::Role};
 use tokio_util::sync::CancellationToken;
 
@@ -48,6 +50,7 @@ pub(super) enum Grant {
 pub(super) struct Server {
     pub(super) lifecycle: Arc<Lifecycle>,
     pub(super) tokens: Arc<Tokens<Grant>>,
+    pub(super) tls: Option<TlsAcceptor>,
     pub(super) stop: CancellationToken,
 }
 
@@ -76,6 +79,25 @@ impl Server {
     async fn connection(self, socket: TcpStream, permit: Arc<OwnedSemaphorePermit>) {
         // Keystrokes do not wait for company. A socket that can't be set so works too.
         let _ = socket.set_nodelay(true);
+        match self.tls.clone() {
+            None => self.serve(socket, permit).await,
+            Some(tls) => match timeout(REQUEST, tls.accept(socket)).await {
+                Ok(Ok(secured)) => self.serve(secured, permit).await,
+                Ok(Err(error)) => {
+                    tracing::debug!(
+                        error = &error as &dyn std::error::Error,
+                        "no TLS with a streaming client"
+                    );
+                }
+                Err(_) => tracing::debug!("a streaming client began no TLS in time"),
+            },
+        }
+    }
+
+    async fn serve<T>(self, io: T, permit: Arc<OwnedSemaphorePermit>)
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let stop = self.stop.clone();
         let service = service_fn(move |request| {
             let answer = self.answer(request, &permit);
@@ -84,7 +106,7 @@ impl Server {
         let serving = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(REQUEST)
-            .serve_connection(TokioIo::new(socket), service)
+            .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
         tokio::select! {
             served = serving => if let Err(error) = served {
