@@ -1548,7 +1548,7 @@ pub(crate) async fn events_come_in_order_with_the_state_of_now() -> Result<()> {
 }
 
 /// CRI contract 2.7 and 11.1: kubelet keeps the answer with the latest time, so none may lack what an
-/// earlier one told.
+/// earlier one told. Of containers of one name it takes the first, so the newest comes first.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_later_answer_knows_all_that_earlier_ones_told() -> Result<()> {
     const CONTAINERS: usize = 40;
@@ -1573,6 +1573,7 @@ async fn a_later_answer_knows_all_that_earlier_ones_told() -> Result<()> {
                 while !*stopped.borrow() {
                     let answer = runtime.pod_sandbox_status(request.clone()).await?;
                     let answer = answer.into_inner();
+                    assert_newest_first(&answer.containers_statuses);
                     answers.push((answer.timestamp, ids(&answer.containers_statuses)));
                 }
                 anyhow::Ok(answers)
@@ -1590,6 +1591,7 @@ async fn a_later_answer_knows_all_that_earlier_ones_told() -> Result<()> {
         let event = tokio::time::timeout(longshore_tests::pods::WAIT_LIMIT, stream.message())
             .await??
             .context("the stream ended")?;
+        assert_newest_first(&event.containers_statuses);
         assert!(ids(&event.containers_statuses).contains(&event.container_id));
         told.push((event.created_at, event.container_id));
     }
@@ -1602,6 +1604,13 @@ async fn a_later_answer_knows_all_that_earlier_ones_told() -> Result<()> {
         }
     }
     bench.finish().await
+}
+
+fn assert_newest_first(statuses: &[cri::ContainerStatus]) {
+    assert!(
+        statuses.is_sorted_by(|one, next| one.created_at >= next.created_at),
+        "{statuses:?}"
+    );
 }
 
 fn ids(statuses: &[cri::ContainerStatus]) -> std::collections::BTreeSet<String> {

@@ -481,13 +481,15 @@ async fn clients_attach_by_either_protocol() -> Result<()> {
         client.wait_for(STDOUT, "one\n").await?;
         client.wait_for(STDERR, "bad\n").await?;
         // It sees what is written after it was attached, and nobody says when that is.
-        let sees = other.wait_for(STDOUT, "again\n");
-        tokio::pin!(sees);
-        loop {
-            client.send(STDIN, b"echo again\n").await?;
-            if let Ok(seen) = timeout(Duration::from_millis(100), &mut sees).await {
-                seen?;
-                break;
+        {
+            let sees = other.wait_for(STDOUT, "again\n");
+            tokio::pin!(sees);
+            loop {
+                client.send(STDIN, b"echo again\n").await?;
+                if let Ok(seen) = timeout(Duration::from_millis(100), &mut sees).await {
+                    seen?;
+                    break;
+                }
             }
         }
         drop(other);

@@ -66,7 +66,6 @@ impl Cri {
         let created_at = Time::now().unix_ns();
         let at = self.agent.store.snapshot();
         let sandbox = at.get::<Sandbox>(sandbox_id.as_str());
-        let containers = self.agent.lifecycle.containers_of(&at, sandbox_id);
         Some(cri::ContainerEventResponse {
             container_id: what
                 .container_id
@@ -78,10 +77,7 @@ impl Cri {
                 Some(sandbox) => Some(render::sandbox_status(&sandbox)),
                 None => removed(what),
             },
-            containers_statuses: containers
-                .iter()
-                .map(|container| render::container_status(container))
-                .collect(),
+            containers_statuses: self.statuses_of(&at, sandbox_id),
         })
     }
 }

@@ -13,9 +13,10 @@ mod signal;
 use std::{pin::Pin, sync::Arc};
 
 use futures_util::{Stream, stream};
+use longshore_proto::cri::v1 as cri;
 use tonic::Status;
 
-use crate::agent::Agent;
+use crate::{agent::Agent, id::SandboxId, store::Snapshot};
 
 /// CRI's two services over one agent.
 #[derive(Clone)]
@@ -27,6 +28,17 @@ impl Cri {
     /// Serves this agent.
     pub(super) fn new(agent: Arc<Agent>) -> Self {
         Self { agent }
+    }
+
+    /// Statuses of a pod's containers, the newest first: of several with one name, kubelet takes the
+    /// first for the one that counts.
+    fn statuses_of(&self, at: &Snapshot, sandbox: &SandboxId) -> Vec<cri::ContainerStatus> {
+        let mut containers = self.agent.lifecycle.containers_of(at, sandbox);
+        containers.sort_by_key(|container| std::cmp::Reverse(container.created_at));
+        containers
+            .iter()
+            .map(|container| render::container_status(container))
+            .collect()
     }
 }
 

@@ -267,14 +267,10 @@ impl RuntimeService for Cri {
             HashMap::new()
         };
         let at = self.agent.store.snapshot();
-        let containers = self.agent.lifecycle.containers_of(&at, &sandbox.id);
         Ok(Response::new(cri::PodSandboxStatusResponse {
             status: Some(render::sandbox_status(&sandbox)),
             info,
-            containers_statuses: containers
-                .iter()
-                .map(|c| render::container_status(c))
-                .collect(),
+            containers_statuses: self.statuses_of(&at, &sandbox.id),
             timestamp,
         }))
     }
