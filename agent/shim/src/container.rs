@@ -203,10 +203,7 @@ impl Container {
     pub(crate) fn running(&self) -> Result<BorrowedFd<'_>, Failure> {
         match (&self.phase, &self.pidfd) {
             (Phase::Running, Some(pidfd)) => Ok(pidfd.as_fd()),
-            _ => Err(Failure {
-                step: "container is not running".into(),
-                errno: libc::ESRCH,
-            }),
+            _ => Err(ended()),
         }
     }
 
@@ -319,6 +316,14 @@ impl Pipes {
             input,
             outputs: Some((out_read, err_read)),
         })
+    }
+}
+
+/// Why nothing can join a container.
+pub(crate) fn ended() -> Failure {
+    Failure {
+        step: "container is not running".into(),
+        errno: libc::ESRCH,
     }
 }
 

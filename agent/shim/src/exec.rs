@@ -6,7 +6,7 @@ use longshore_sys::clone::Cloned;
 use longshore_sys::pidfd;
 
 use crate::cgroup;
-use crate::container::{Asker, Container, Home, open_cgroup};
+use crate::container::{Asker, Container, Home, ended, open_cgroup};
 use crate::exit::boot_ns;
 use crate::init::{self, ChildStdio, Target};
 use crate::pod::fork_in;
@@ -71,6 +71,10 @@ impl Exec {
             Ok(Cloned::Parent { pid, pidfd }) => (pid, pidfd),
             Err(error) => {
                 poll.forget(&report);
+                // What a pid namespace says whose first process has ended, before that is reaped.
+                if pid_ns.is_some() && error.raw_os_error() == Some(libc::ENOMEM) {
+                    return Err(ended());
+                }
                 return Err(failed("clone", error));
             }
         };

@@ -118,6 +118,51 @@ async fn commands_run_until_their_container_ends() -> Result<()> {
     bench.finish().await
 }
 
+/// CRI contract 3.3 and 8.1: a probe that meets the end of its container is told just that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn probes_meet_the_end_of_their_container() -> Result<()> {
+    let mut bench = Bench::start().await?;
+    let toolbox = bench.toolbox.clone();
+    let pod = bench.run(pod("probed")).await?;
+    for _ in 0..12 {
+        let sleeper = script(
+            "main",
+            &toolbox,
+            "sleep 10000 & sleep 10000 & exec sleep 10000",
+        );
+        let id = bench.launch(&pod, sleeper).await?;
+        let probes: Vec<_> = (0..6)
+            .map(|_| {
+                let mut runtime = bench.runtime.clone();
+                let request = cri::ExecSyncRequest {
+                    container_id: id.clone(),
+                    cmd: vec!["true".to_owned()],
+                    timeout: 0,
+                };
+                tokio::spawn(async move {
+                    loop {
+                        if let Err(refused) = runtime.exec_sync(request.clone()).await {
+                            return refused;
+                        }
+                    }
+                })
+            })
+            .collect();
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        bench.stop_container(&id, 0).await?;
+        for probe in probes {
+            let refused = tokio::time::timeout(WAIT_LIMIT, probe).await??;
+            assert_eq!(
+                refused.code(),
+                tonic::Code::FailedPrecondition,
+                "{refused:?}"
+            );
+        }
+        bench.remove_container(&id).await?;
+    }
+    bench.finish().await
+}
+
 /// CRI contract 11.1 and 2.5: a pod that is stopped with what runs in it tells of the containers first,
 /// each event with what all of them are by then; who comes later is not told of what was before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
