@@ -12,6 +12,7 @@ const LONGSHORE: &[&str] = &[
     "longshore/v1/network.proto",
     "longshore/v1/node.proto",
     "longshore/v1/operation.proto",
+    "longshore/v1/system.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -30,7 +30,9 @@ use crate::{
     handler::{Handler as _, HandlerError, NativeHandler},
     id::{Face, InstanceId},
     image::{Image, ImageError, Images},
-    lifecycle::{Lifecycle, LifecycleError, Parts, container::Container, sandbox::Sandbox},
+    lifecycle::{
+        Lifecycle, LifecycleError, Parts, container::Container, sandbox::Sandbox, system::System,
+    },
     network::{Network, NetworkError, Networks, cni},
     operation::{Intent, Operations},
     rootfs::{Layer, Rootfs, RootfsError, can_map_layers},
@@ -151,7 +153,8 @@ impl Agent {
             .with::<Network>()
             .with::<cni::Cached>()
             .with::<Sandbox>()
-            .with::<Container>();
+            .with::<Container>()
+            .with::<System>();
         let store = Store::open(&config.data_dir.join("store.db"), tables)?;
         let rebooted = note_boot(&store).await?;
         let cgroups = Arc::new(Cgroups::new(&instance, &config.cgroup)?);
@@ -226,6 +229,9 @@ impl Agent {
         self.store
             .commit(Changes::new().event(EventDraft::new(EventKind::AgentStarted, Face::Native)))
             .await?;
+        if rebooted {
+            tokio::spawn(Arc::clone(&self.lifecycle).autostart_systems());
+        }
         Ok(())
     }
 

@@ -18,6 +18,7 @@ use crate::{
         lifecycle_service_client::LifecycleServiceClient,
         network_service_client::NetworkServiceClient, node_service_client::NodeServiceClient,
         operation_service_client::OperationServiceClient,
+        system_service_client::SystemServiceClient,
     },
 };
 
@@ -106,6 +107,8 @@ impl Client {
         networks: NetworkServiceClient,
         /// Sandboxes and containers.
         lifecycle: LifecycleServiceClient,
+        /// System containers: a distribution's own init.
+        systems: SystemServiceClient,
         /// What is running or was interrupted.
         operations: OperationServiceClient,
         /// What happened; [`Client::watch`] reads on across restarts.

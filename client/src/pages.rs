@@ -5,7 +5,7 @@ use crate::{
     proto::{
         Container, Image, Lease, ListContainersRequest, ListImagesRequest, ListLeasesRequest,
         ListNetworksRequest, ListOperationsRequest, ListRemoteImagesRequest, ListSandboxesRequest,
-        Network, Operation, RemoteImage, Sandbox,
+        ListSystemsRequest, Network, Operation, RemoteImage, Sandbox, System,
     },
 };
 
@@ -53,6 +53,8 @@ lists! {
     all_networks(ListNetworksRequest) -> Network: networks.list_networks.networks;
     /// All leases that match, by network and sandbox.
     all_leases(ListLeasesRequest) -> Lease: networks.list_leases.leases;
+    /// All system containers that match, by name.
+    all_systems(ListSystemsRequest) -> System: systems.list_systems.systems;
     /// All operations that match, oldest first.
     all_operations(ListOperationsRequest) -> Operation: operations.list_operations.operations;
 }

@@ -15,6 +15,7 @@ mod lifecycle;
 mod native;
 mod network;
 mod remotes;
+mod system;
 mod systemd;
 mod tidy;
 mod tree;

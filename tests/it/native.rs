@@ -471,6 +471,7 @@ async fn attach_talks_to_the_first_process() -> Result<()> {
         container_id: container.id.clone(),
         stdin: true,
         terminal_size: None,
+        replay: false,
     })))
     .await?;
     let mut receive = lifecycle(&bench)

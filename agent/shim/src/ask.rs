@@ -238,7 +238,7 @@ impl Shim {
         for (fd, stream) in [(stdout, Stream::Stdout), (stderr, Stream::Stderr)] {
             if let Some(fd) = fd {
                 stdio
-                    .attach_reader(&self.poll, fd, stream)
+                    .attach_reader(&self.poll, fd, stream, ask.replay)
                     .map_err(failed)?;
             }
         }

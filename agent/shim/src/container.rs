@@ -161,7 +161,12 @@ impl Container {
             cgroup: plan.cgroup.clone(),
             user_namespace: plan.user_namespace.clone(),
             report: None,
-            stdio: Stdio::new(making.serial, log, plan.stdin_once),
+            stdio: Stdio::new(
+                making.serial,
+                log,
+                plan.stdin_once,
+                plan.console_bytes as usize,
+            ),
             takes_input: plan.stdin,
             exit: None,
             acknowledged: false,

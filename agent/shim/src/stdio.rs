@@ -44,6 +44,8 @@ pub(crate) struct Stdio {
     input: Option<Input>,
     stdin_once: bool,
     log: Option<LogFile>,
+    /// The end of what a console has shown.
+    shown: Ring,
     clients: Vec<Client>,
     next_client: u32,
     /// Outputs are not read until the clients have caught up.
@@ -86,7 +88,12 @@ enum Role {
 
 impl Stdio {
     /// Takes the shim's ends of a container's pipes.
-    pub(crate) fn new(owner: u32, log: Option<LogFile>, stdin_once: bool) -> Self {
+    pub(crate) fn new(
+        owner: u32,
+        log: Option<LogFile>,
+        stdin_once: bool,
+        ring_bytes: usize,
+    ) -> Self {
         Self {
             owner,
             outputs: [None, None],
@@ -95,6 +102,7 @@ impl Stdio {
             input: None,
             stdin_once,
             log,
+            shown: Ring::new(ring_bytes),
             clients: Vec::new(),
             next_client: 0,
             held_back: false,
@@ -263,6 +271,7 @@ impl Stdio {
         if let Some(log) = &mut self.log {
             log.append(stream, &mut self.partials[stream as usize], chunk);
         }
+        self.shown.push(chunk);
         for client in &mut self.clients {
             client.offer(poll, self.owner, stream, chunk);
         }
@@ -289,20 +298,30 @@ impl Stdio {
         self.sweep_clients(poll);
     }
 
-    /// Connects one descriptor of a client that gets the output of `stream` from now on.
+    /// Connects one descriptor of a client that gets the output of `stream` from now on, or with
+    /// what a console has shown before it.
     pub(crate) fn attach_reader(
         &mut self,
         poll: &Poll,
         fd: OwnedFd,
         stream: Stream,
+        replay: bool,
     ) -> std::io::Result<()> {
+        let queue = match stream {
+            Stream::Stdout if replay => self.shown.bytes.clone(),
+            _ => VecDeque::new(),
+        };
+        let has_more = !queue.is_empty();
         let role = Role::Reads {
             stream,
-            queue: VecDeque::new(),
+            queue,
             closing: self.outputs[stream as usize].is_none(),
             took_ns: boot_ns(),
         };
         self.attach(poll, fd, role, Interest::Nothing)?;
+        if let (true, Some(client)) = (has_more, self.clients.last_mut()) {
+            client.pump(poll, self.owner);
+        }
         self.sweep_clients(poll);
         Ok(())
     }
@@ -450,6 +469,29 @@ impl Stdio {
     }
 }
 
+/// The last bytes of a stream.
+#[derive(Debug)]
+struct Ring {
+    most: usize,
+    bytes: VecDeque<u8>,
+}
+
+impl Ring {
+    fn new(most: usize) -> Self {
+        Self {
+            most,
+            bytes: VecDeque::new(),
+        }
+    }
+
+    fn push(&mut self, chunk: &[u8]) {
+        let chunk = &chunk[chunk.len().saturating_sub(self.most)..];
+        let over = (self.bytes.len() + chunk.len()).saturating_sub(self.most);
+        self.bytes.drain(..over);
+        self.bytes.extend(chunk);
+    }
+}
+
 impl Client {
     fn offer(&mut self, poll: &Poll, owner: u32, of: Stream, chunk: &[u8]) {
         let Role::Reads {
@@ -535,4 +577,25 @@ fn open_program_side(controlling: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
         controlling,
         OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_keeps_the_end() {
+        for (most, chunks, expected) in [
+            (4, &["ab", "cde"][..], "bcde"),
+            (4, &["abcdefgh"][..], "efgh"),
+            (4, &["a", ""][..], "a"),
+            (0, &["abc"][..], ""),
+        ] {
+            let mut ring = Ring::new(most);
+            for chunk in chunks {
+                ring.push(chunk.as_bytes());
+            }
+            assert_eq!(ring.bytes, expected.as_bytes(), "{most} of {chunks:?}");
+        }
+    }
 }

@@ -392,6 +392,9 @@ pub struct Attach {
     /// A stderr descriptor is beside the frame.
     #[prost(bool, tag = "4")]
     pub stderr: bool,
+    /// Begin with the kept output of a console.
+    #[prost(bool, tag = "5")]
+    pub replay: bool,
 }
 
 /// One more process.
@@ -550,6 +553,33 @@ pub struct ContainerPlan {
     /// The pod's user namespace: joined, its root's ids taken, and all new namespaces made in it.
     #[prost(message, optional, tag = "16")]
     pub user_namespace: Option<UserNamespace>,
+    /// Its terminal is the console of an init, which takes no terminal for itself, and this many
+    /// bytes of its output are kept for those who attach later; 0 for a terminal as any other.
+    #[prost(uint32, tag = "17")]
+    pub console_bytes: u32,
+    /// Files written to the root first.
+    #[prost(message, repeated, tag = "18")]
+    pub files: Vec<File>,
+    /// Writable though they are below a read-only path; missing ones are skipped.
+    #[prost(string, repeated, tag = "19")]
+    pub writable_paths: Vec<String>,
+}
+
+/// A file of the root. Links, and anything but a plain file, are left alone.
+#[derive(Clone, PartialEq, Message)]
+pub struct File {
+    /// Absolute path inside the container.
+    #[prost(string, tag = "1")]
+    pub path: String,
+    /// What it is to hold.
+    #[prost(bytes = "vec", tag = "2")]
+    pub content: Vec<u8>,
+    /// Permission bits if it has to be made.
+    #[prost(uint32, tag = "3")]
+    pub mode: u32,
+    /// Whatever it holds; else only if its first line is that of `content`.
+    #[prost(bool, tag = "4")]
+    pub overwrite: bool,
 }
 
 /// A user namespace that exists.
@@ -697,6 +727,9 @@ pub struct Rootfs {
     /// Overlay's work directory beside `upper`.
     #[prost(string, tag = "5")]
     pub work: String,
+    /// The writable layer is used again by a later container, also after the machine lost power.
+    #[prost(bool, tag = "6")]
+    pub durable: bool,
 }
 
 /// Mount propagation.

@@ -221,6 +221,7 @@ impl Pod {
                 layers_dir: self.text("layers"),
                 upper: self.text(&format!("{id}/upper")),
                 work: self.text(&format!("{id}/work")),
+                durable: false,
             },
             mounts: vec![
                 mount("/proc", "proc", "proc", secure, ""),
@@ -1000,6 +1001,7 @@ fn clients_attach_at_once_and_a_slow_one_stalls_nobody() {
             stdin,
             stdout,
             stderr: false,
+            replay: false,
         })
     };
     let (slow_read, slow_write) = fd::pipe().expect("pipe");
@@ -1055,6 +1057,7 @@ fn terminals_work_for_first_processes_and_execs() {
         stdin: true,
         stdout: true,
         stderr: false,
+        replay: false,
     });
     assert!(matches!(
         pod.ask(attach, &[in_read.as_fd(), out_write.as_fd()]).0,

@@ -8,6 +8,12 @@ pub enum CgroupError {
     /// No cgroup file system is mounted: the host needs one.
     #[error("no cgroup file system is mounted")]
     NoHierarchy,
+    /// A system's init has nowhere to follow its processes.
+    #[error(
+        "no cgroup hierarchy lets an init follow its processes: mount cgroup2, or version 1 with \
+         `-o none,name=systemd`"
+    )]
+    NoTracking,
     /// A path, mostly a `cgroup_parent`, that is not a plain path below the hierarchy root.
     #[error("cgroup path {path:?}: {reason}")]
     BadPath {

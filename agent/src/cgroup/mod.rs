@@ -6,6 +6,9 @@
 //!      <container id>/            limits of the container; its first process
 //!        exec-<id>/               names what one exec started (freezer or unified tree only)
 //! ```
+//! A system container's processes, and its execs, are in `<container id>/payload/`, whose limits
+//! nobody inside can see: see [`Cgroups::delegate`].
+//!
 //! The same path stands in every hierarchy: each version 1 controller, named hierarchies, and the
 //! unified tree, on hybrid hosts too, where it carries no controller but gives `cgroup.kill` and
 //! pressure readings. On version 2 a cgroup with processes has no controllers
@@ -25,6 +28,7 @@
 //!
 //! Written down in cgroups(7) and the kernel's `admin-guide/cgroup-v1` and `cgroup-v2`.
 
+mod delegate;
 mod devices;
 mod error;
 mod file;
@@ -533,6 +537,13 @@ impl CgroupPath {
     /// Path of a container's cgroup below its pod's.
     pub fn child(&self, container: &ContainerId) -> Self {
         Self(format!("{}/{container}", self.0))
+    }
+
+    /// Where the processes of a system container are, below its limits: what it may divide as it
+    /// likes. See [`Cgroups::delegate`].
+    #[must_use]
+    pub fn payload(&self) -> Self {
+        Self(format!("{}/payload", self.0))
     }
 
     /// The text, without a leading slash.

@@ -42,4 +42,14 @@ pub enum EventKind {
     NetworkCreated,
     /// A network is gone; attribute `network`.
     NetworkDeleted,
+    /// A system container exists; attributes `name`, `system_id`, as of all that follow.
+    SystemCreated,
+    /// The init of a system container stands.
+    SystemStarted,
+    /// It was started anew from inside; attributes `exit_code`, `signal`.
+    SystemRebooted,
+    /// Nothing of it runs any more; attributes `exit_code`, `signal`.
+    SystemStopped,
+    /// A system container is gone.
+    SystemRemoved,
 }

@@ -11,7 +11,7 @@ use oci_spec::runtime::{
     LinuxNamespaceType, Mount, PosixRlimitType, Process, Spec,
 };
 
-use super::{HandlerError, PidMode, RootInput, seccomp::Program};
+use super::{HandlerError, PidMode, RootInput, SystemInput, seccomp::Program};
 
 /// All that a [`wire::ContainerPlan`] is made from.
 pub(super) struct Input<'a> {
@@ -24,6 +24,7 @@ pub(super) struct Input<'a> {
     pub(super) log: Option<wire::Log>,
     pub(super) stdin: bool,
     pub(super) stdin_once: bool,
+    pub(super) system: Option<SystemInput>,
 }
 
 /// Lowers a container.
@@ -36,6 +37,7 @@ pub(super) fn container(input: Input<'_>) -> Result<wire::ContainerPlan, Handler
         .process()
         .as_ref()
         .ok_or_else(|| bad("process", "is missing"))?;
+    let system = input.system.unwrap_or_default();
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default(), input.pid)?;
     let user_namespace = user_namespace(linux)?;
     let mounts = spec
@@ -80,6 +82,9 @@ pub(super) fn container(input: Input<'_>) -> Result<wire::ContainerPlan, Handler
         namespaces,
         mounts,
         user_namespace,
+        console_bytes: system.console_bytes,
+        files: system.files,
+        writable_paths: system.writable_paths,
     })
 }
 
@@ -313,6 +318,7 @@ pub(super) fn rootfs(root: &RootInput) -> Result<wire::Rootfs, HandlerError> {
         layers_dir: text("root", &root.layers_dir)?,
         upper: text("root", &root.upper)?,
         work: text("root", &root.work)?,
+        durable: root.durable,
     })
 }
 
@@ -646,6 +652,7 @@ mod tests {
             lower: vec!["2".to_owned(), "1".to_owned()],
             upper: "/data/upper".into(),
             work: "/data/work".into(),
+            durable: false,
         }
     }
 
@@ -668,6 +675,7 @@ mod tests {
             log: None,
             stdin: false,
             stdin_once: false,
+            system: None,
         })
     }
 

@@ -153,12 +153,14 @@ pub trait Handler: Send + Sync + 'static {
         exec_id: u64,
     ) -> BoxFuture<'a, Result<(), HandlerError>>;
 
-    /// Connects to the stdio of a container; the other ends are the caller's.
+    /// Connects to the stdio of a container; the other ends are the caller's. With `replay` what a
+    /// console has shown comes first.
     fn attach<'a>(
         &'a self,
         sandbox: &'a SandboxId,
         container: &'a ContainerId,
         streams: Streams,
+        replay: bool,
     ) -> BoxFuture<'a, Result<(), HandlerError>>;
 
     /// What happens by itself, in all pods. Can be taken once.
@@ -194,6 +196,19 @@ pub struct CreateRequest {
     pub stdin: bool,
     /// That is closed when the first attached client has gone.
     pub stdin_once: bool,
+    /// Its first process is the init of a system; needs a terminal. The engine alone has it.
+    pub system: Option<SystemInput>,
+}
+
+/// What the init of a system gets that no other program does.
+#[derive(Debug, Default)]
+pub struct SystemInput {
+    /// Files written to the root before it runs.
+    pub files: Vec<wire::File>,
+    /// Writable though they are below a read-only path.
+    pub writable_paths: Vec<String>,
+    /// Bytes of its console that are kept for who attaches later; 0 for a terminal as any other.
+    pub console_bytes: u32,
 }
 
 /// Directories that make up the root of a container.
@@ -209,6 +224,8 @@ pub struct RootInput {
     pub upper: PathBuf,
     /// Overlay's work directory beside it.
     pub work: PathBuf,
+    /// The writable layer is used again by a later container.
+    pub durable: bool,
 }
 
 /// Pid namespace of a container.

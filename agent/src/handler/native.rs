@@ -246,8 +246,12 @@ impl NativeHandler {
                     log,
                     stdin: request.stdin,
                     stdin_once: request.stdin_once,
+                    system: request.system,
                 })?;
                 (plan, None)
+            }
+            Some(_) if request.system.is_some() => {
+                return Err(lower::unsupported("system containers"));
             }
             Some(runtime) => {
                 let lowered = oci::container(oci::Input {
@@ -357,12 +361,14 @@ impl NativeHandler {
         sandbox: &SandboxId,
         container: &ContainerId,
         streams: Streams,
+        replay: bool,
     ) -> Result<(), HandlerError> {
         let ask = Ask::Attach(wire::Attach {
             container_id: container.to_string(),
             stdin: streams.stdin.is_some(),
             stdout: streams.stdout.is_some(),
             stderr: streams.stderr.is_some(),
+            replay,
         });
         let fds = [streams.stdin, streams.stdout, streams.stderr];
         self.shim(sandbox)?
@@ -536,8 +542,9 @@ impl Handler for NativeHandler {
         sandbox: &'a SandboxId,
         container: &'a ContainerId,
         streams: Streams,
+        replay: bool,
     ) -> BoxFuture<'a, Result<(), HandlerError>> {
-        Box::pin(self.attach(sandbox, container, streams))
+        Box::pin(self.attach(sandbox, container, streams, replay))
     }
 
     fn events(&self) -> Option<mpsc::Receiver<ShimEvent>> {

@@ -359,6 +359,7 @@ mod tests {
             lower: vec!["1".to_owned()],
             upper: "/data/upper".into(),
             work: "/data/work".into(),
+            durable: false,
         }
     }
 

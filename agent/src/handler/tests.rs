@@ -131,12 +131,14 @@ impl Node {
                 lower: vec!["1".to_owned()],
                 upper: at("upper"),
                 work: at("work"),
+                durable: false,
             },
             cgroup,
             pid: PidMode::New,
             log: None,
             stdin: false,
             stdin_once: false,
+            system: None,
             container_id,
         }
     }
@@ -616,7 +618,7 @@ async fn attached_clients_reach_stdin_and_output() {
         stdout: Some(stdout),
         stderr: None,
     };
-    Handler::attach(&*node.handler, &pod.id, &id, streams)
+    Handler::attach(&*node.handler, &pod.id, &id, streams, false)
         .await
         .expect("attached");
     node.handler.start(&pod.id, &id).await.expect("started");

@@ -21,6 +21,8 @@ pub struct AttachWish {
     pub stdout: bool,
     /// Errors; a terminal has none of its own.
     pub stderr: bool,
+    /// What a console has shown so far comes first.
+    pub replay: bool,
     /// Size of the client's terminal: columns, rows.
     pub size: Option<(u16, u16)>,
 }
@@ -63,7 +65,7 @@ impl Lifecycle {
             (streams.stderr, stderr) = (Some(theirs), Some(ours));
         }
         self.handler
-            .attach(&container.sandbox_id, &container.id, streams)
+            .attach(&container.sandbox_id, &container.id, streams, wish.replay)
             .await?;
         let control = SessionControl::new(
             Arc::clone(self),

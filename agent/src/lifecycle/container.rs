@@ -236,6 +236,15 @@ pub struct LogWish {
     pub owned: bool,
 }
 
+/// A run of a system container: its first process is an init, and what it writes stays.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SystemRun {
+    /// The system container; its writable layer bears this id.
+    pub system: ContainerId,
+    /// Its first: files that tell who it is are written over the image's.
+    pub first: bool,
+}
+
 /// How a container is wished, by either face.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ContainerConfig {
@@ -295,6 +304,9 @@ pub struct ContainerConfig {
     pub log: Option<LogWish>,
     /// OOM score adjustment.
     pub oom_score_adj: Option<i32>,
+    /// It is a run of a system container.
+    #[serde(default)]
+    pub system: Option<SystemRun>,
     /// What a caller of `longshore.v1` repeats with a retry; empty for none. In CRI the name is it.
     #[serde(default)]
     pub idempotency_key: String,
@@ -424,6 +436,22 @@ impl Container {
     /// Who holds the claims of this container.
     pub fn holder(id: &ContainerId) -> String {
         format!("container/{id}")
+    }
+
+    /// Where it runs, below its limits.
+    pub fn process_cgroup(&self) -> CgroupPath {
+        match self.config.system {
+            Some(_) => self.cgroup.payload(),
+            None => self.cgroup.clone(),
+        }
+    }
+
+    /// Whose writable layer it has: its own, or its system container's.
+    pub fn writable(&self) -> &ContainerId {
+        match &self.config.system {
+            Some(run) => &run.system,
+            None => &self.id,
+        }
     }
 
     /// Its process, while there is one.

@@ -64,7 +64,11 @@ impl Lifecycle {
             config.pid = Some(PidMode::Target(target.id.clone()));
         }
         let layers = layers(&at, &image)?;
-        let volumes = self.plan_volumes(&at, &config, &image)?;
+        let volumes = match config.system {
+            // An init mounts what it wants by itself.
+            Some(_) => Volumes::default(),
+            None => self.plan_volumes(&at, &config, &image)?,
+        };
         let built = self
             .build_spec(&sandbox, &config, &id, &image, &layers, &volumes)
             .await?;
@@ -202,8 +206,10 @@ impl CreateContainer {
             .linux()
             .as_ref()
             .and_then(|linux| linux.resources().clone());
+        let delegated_to = self.config.system.as_ref().map(|_| self.owner);
         Ok(blocking::run("create cgroup", move || {
-            cgroups.create(&path, resources.as_ref())
+            cgroups.create(&path, resources.as_ref())?;
+            delegated_to.map_or(Ok(()), |owner| cgroups.delegate(&path, owner))
         })
         .await?)
     }
@@ -211,9 +217,11 @@ impl CreateContainer {
     async fn create_root(&self, on: &Lifecycle) -> Result<(), LifecycleError> {
         let (rootfs, id) = (on.rootfs.clone(), self.id.clone());
         let mount_point = on.mount_point(&self.sandbox_id, &self.id);
-        let owner = self.owner;
+        let owner = self.config.system.is_none().then_some(self.owner);
         blocking::run("create writable layer", move || {
-            rootfs.create_writable(&id, owner)?;
+            if let Some(owner) = owner {
+                rootfs.create_writable(&id, owner)?;
+            }
             files::make_dir(&mount_point, 0o711)
         })
         .await?;
@@ -236,7 +244,17 @@ impl CreateContainer {
             Some(wish) => Some(blocking::run("open log", move || open_log(&wish)).await?),
             None => None,
         };
-        let root = on.rootfs.plan(&self.id, &self.layers);
+        let run = self.config.system.as_ref();
+        let root = on
+            .rootfs
+            .plan(run.map_or(&self.id, |run| &run.system), &self.layers);
+        let (system, cgroup) = match run {
+            None => (None, self.cgroup.clone()),
+            Some(run) => {
+                let input = on.system_input(&self.sandbox_id, run).await?;
+                (Some(input), self.cgroup.payload())
+            }
+        };
         let request = CreateRequest {
             handler: on.handler_of(&self.sandbox_id)?,
             sandbox_id: self.sandbox_id.clone(),
@@ -248,13 +266,15 @@ impl CreateContainer {
                 lower: root.lower,
                 upper: root.upper,
                 work: root.work,
+                durable: system.is_some(),
             },
             env: spec_env(&self.spec),
-            cgroup: self.cgroup.clone(),
+            cgroup,
             pid: engine_pid(&self.pid),
             log,
             stdin: self.config.stdin,
             stdin_once: self.config.stdin_once,
+            system,
         };
         Ok(on.handler.create(request).await?)
     }

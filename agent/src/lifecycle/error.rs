@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
-use super::spec::SpecError;
+use super::{spec::SpecError, system::SystemError};
 use crate::{
     cgroup::CgroupError,
     handler::HandlerError,
@@ -19,7 +19,7 @@ pub enum LifecycleError {
     /// No such object, or it belongs to another face.
     #[error("{kind} {id:?} not found")]
     NotFound {
-        /// `sandbox` or `container`.
+        /// `sandbox`, `container` or `system container`.
         kind: &'static str,
         /// As asked.
         id: String,
@@ -108,6 +108,9 @@ pub enum LifecycleError {
         /// Its time.
         after: Duration,
     },
+    /// What only system containers can fail with.
+    #[error(transparent)]
+    System(#[from] SystemError),
     /// The wish can't be turned into a container.
     #[error(transparent)]
     Spec(#[from] SpecError),

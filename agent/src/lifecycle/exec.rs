@@ -58,6 +58,15 @@ impl Lifecycle {
         if !container.is_running() {
             return Err(wrong_state(&container, "CONTAINER_RUNNING"));
         }
+        let frozen = container.config.system.is_some() && self.cgroups.is_frozen(&container.cgroup);
+        if frozen {
+            return Err(LifecycleError::State {
+                kind: "system container",
+                id: container.config.name.clone(),
+                state: "FROZEN",
+                wanted: "RUNNING",
+            });
+        }
         // On a task of its own: a caller who leaves half way would leave a process behind. A session
         // that nobody takes ends what it is about.
         let lifecycle = Arc::clone(self);
@@ -85,7 +94,10 @@ impl Lifecycle {
             &container.spec,
             ExecProcess {
                 command: wish.command,
-                env: wish.env,
+                env: match container.config.system {
+                    Some(_) => system_env(wish.env, user.is_none()),
+                    None => wish.env,
+                },
                 working_dir: wish.working_dir,
                 user,
                 tty: wish.tty,
@@ -122,7 +134,7 @@ impl Lifecycle {
                     .linux()
                     .as_ref()
                     .and_then(|linux| linux.seccomp().clone()),
-                cgroup: container.cgroup.clone(),
+                cgroup: container.process_cgroup(),
                 streams,
                 timeout: wish.timeout,
             })
@@ -161,9 +173,15 @@ impl Lifecycle {
         wish: UserWish,
     ) -> Result<super::container::User, LifecycleError> {
         let (rootfs, layers) = (self.rootfs.clone(), container.layers.clone());
+        // Of a system as it is now; of any other container as its image was.
+        let written = container.config.system.is_some();
+        let writable = written.then(|| container.writable().clone());
         blocking::run("read users", move || {
-            let passwd = rootfs.read_file(&layers, "etc/passwd", 1 << 20)?;
-            let group = rootfs.read_file(&layers, "etc/group", 1 << 20)?;
+            let read = |path| match &writable {
+                Some(id) => rootfs.read_written_file(id, &layers, path, 1 << 20),
+                None => rootfs.read_file(&layers, path, 1 << 20),
+            };
+            let (passwd, group) = (read("etc/passwd")?, read("etc/group")?);
             Ok(spec::resolve_user(
                 &wish,
                 "",
@@ -173,6 +191,22 @@ impl Lifecycle {
         })
         .await
     }
+}
+
+/// A login's variables, where the wish does not say: an init's own are no use to anybody.
+fn system_env(mut env: Vec<(String, Vec<u8>)>, is_root: bool) -> Vec<(String, Vec<u8>)> {
+    let usual = [
+        ("PATH", spec::DEFAULT_PATH, true),
+        ("LANG", "C.UTF-8", true),
+        ("HOME", "/root", is_root),
+        ("USER", "root", is_root),
+    ];
+    for (name, value, wanted) in usual {
+        if wanted && !env.iter().any(|(known, _)| known == name) {
+            env.push((name.to_owned(), value.as_bytes().to_vec()));
+        }
+    }
+    env
 }
 
 /// A container that ended while the command was on its way into it is no fault of the engine.

@@ -42,7 +42,7 @@ impl Lifecycle {
         }
     }
 
-    async fn container_exited(&self, sandbox: &SandboxId, exited: wire::Exited) {
+    async fn container_exited(self: &Arc<Self>, sandbox: &SandboxId, exited: wire::Exited) {
         let Ok(id) = exited.container_id.parse::<ContainerId>() else {
             warn!(sandbox_id = %sandbox, container_id = exited.container_id, "a shim reported the exit of something else");
             return;
@@ -62,7 +62,9 @@ impl Lifecycle {
                 .settled(&format!("container-name/{sandbox}/"))
                 .await;
         }
-        match self.commit_exit(&id, &exited.status).await {
+        let committed = self.commit_exit(&id, &exited.status).await;
+        let record = self.store.snapshot().get::<Container>(id.as_str());
+        match committed {
             Ok(()) => match self.handler.ack_exit(sandbox, &id).await {
                 // A removal was faster; what kept the exit is gone with the container or the pod.
                 Ok(())
@@ -75,6 +77,9 @@ impl Lifecycle {
             Err(error) => {
                 error!(container_id = %id, error = &error as &dyn std::error::Error, "exit not committed")
             }
+        }
+        if let Some(container) = record.filter(|record| record.exit().is_some()) {
+            self.init_exited(&container);
         }
     }
 
@@ -112,7 +117,7 @@ impl Lifecycle {
     }
 
     /// The shim of a sandbox died: its containers are ended and the sandbox is not ready any more.
-    pub(super) async fn shim_lost(&self, id: &SandboxId) {
+    pub(super) async fn shim_lost(self: &Arc<Self>, id: &SandboxId) {
         let snapshot = self.store.snapshot();
         let Some(sandbox) = snapshot
             .get::<Sandbox>(id.as_str())
@@ -123,6 +128,9 @@ impl Lifecycle {
         warn!(sandbox_id = %id, "the shim is lost, ending its pod");
         if let Err(error) = self.mark_lost(&sandbox, "its supervisor died").await {
             error!(sandbox_id = %id, error = &error as &dyn std::error::Error, "lost sandbox not cleaned up; stop it again");
+        }
+        for container in self.containers_of(&self.store.snapshot(), id) {
+            self.init_exited(&container);
         }
     }
 
@@ -211,7 +219,7 @@ pub(super) fn lost(at: &Snapshot, sandbox: &Sandbox, reason: &str) -> Changes {
             changes = changes.merge(exited(&container, lost_exit(&container, reason)));
         }
     }
-    for key in sandbox.plan.claims() {
+    for key in sandbox.released_claims() {
         changes = changes.release(key);
     }
     let mut sandbox = sandbox.clone();

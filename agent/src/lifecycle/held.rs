@@ -2,7 +2,9 @@
 
 use std::{collections::HashSet, path::PathBuf, sync::Arc};
 
-use super::{Lifecycle, LifecycleError, container::Container, files, sandbox::Sandbox};
+use super::{
+    Lifecycle, LifecycleError, container::Container, files, sandbox::Sandbox, system::System,
+};
 use crate::{
     blocking,
     handler::Handler as _,
@@ -42,11 +44,13 @@ impl Lifecycle {
 
     /// Removes layers that nothing uses any more, after a container of a removed image went.
     pub(super) async fn release_layers(&self, container: &Container) {
+        self.release_layers_of(container.images()).await;
+    }
+
+    /// The same, by the images.
+    pub(super) async fn release_layers_of(&self, mut images: impl Iterator<Item = &ImageId>) {
         let at = self.store.snapshot();
-        if container
-            .images()
-            .all(|image| at.get::<crate::image::Image>(image.as_str()).is_some())
-        {
+        if images.all(|image| at.get::<crate::image::Image>(image.as_str()).is_some()) {
             return;
         }
         if let Err(error) = self.images.release_layers(self.holders(Face::Native)).await {
@@ -89,6 +93,12 @@ async fn remove_files(dir: PathBuf) -> Result<(), LifecycleError> {
 }
 
 fn holder(at: &Snapshot, image: &ImageId, face: impl Fn(Face) -> bool) -> Option<String> {
+    let of_system = at
+        .all::<System>()
+        .find(|system: &Arc<System>| face(Face::Native) && system.image_id == *image);
+    if let Some(system) = of_system {
+        return Some(System::holder(&system.id));
+    }
     at.all::<Container>()
         .find(|container: &Arc<Container>| {
             face(container.config.face) && container.images().any(|held| held == image)

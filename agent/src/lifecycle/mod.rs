@@ -14,6 +14,8 @@
 //!   then.
 //! - Everything that a sandbox or container has in the kernel is named by ids, so it can be undone
 //!   without memory: cgroup, namespaces, shim directory, writable layer, nft elements.
+//! - A system container's run is one sandbox and one container; what outlives it is its own record
+//!   ([`system`]).
 //! - A sandbox or container of one face does not exist for the other; `longshore.v1` sees all.
 
 mod attach;
@@ -38,6 +40,7 @@ mod start_container;
 pub mod stats;
 mod stop_container;
 mod stop_pod_sandbox;
+pub mod system;
 mod update_container;
 mod update_pod_sandbox_resources;
 mod volumes;
@@ -117,6 +120,7 @@ pub struct Lifecycle {
     /// Logs of containers that have no log directory of their own, below the data directory.
     pub logs_dir: PathBuf,
     stopping: Mutex<HashMap<ContainerId, usize>>,
+    halting: system::Halting,
     samples: Mutex<HashMap<String, stats::CpuSample>>,
 }
 
@@ -166,6 +170,7 @@ impl Lifecycle {
             sandboxes_dir: parts.run_dir.join("sandboxes"),
             logs_dir: parts.data_dir.join("logs"),
             stopping: Mutex::default(),
+            halting: system::Halting::default(),
             samples: Mutex::default(),
         }
     }

@@ -17,6 +17,7 @@ use super::{
     sandbox::Sandbox,
     start_container::StartContainer,
     stop_pod_sandbox::StopPodSandbox,
+    system::{CreateSystem, EndSystem, RemoveSystem, StartSystem},
 };
 use crate::{
     clock::Time,
@@ -54,6 +55,12 @@ impl Lifecycle {
         self.operations.recover::<RemoveContainer>(self).await;
         self.operations.recover::<StopPodSandbox>(self).await;
         self.operations.recover::<RemovePodSandbox>(self).await;
+        // What these are made of is settled.
+        self.operations.recover::<CreateSystem>(self).await;
+        self.operations.recover::<StartSystem>(self).await;
+        self.operations.recover::<EndSystem>(self).await;
+        self.operations.recover::<RemoveSystem>(self).await;
+        self.end_missed_systems().await;
         Ok(())
     }
 

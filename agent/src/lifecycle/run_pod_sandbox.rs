@@ -19,6 +19,7 @@ use crate::{
     network::{
         Attachment, Mode, NetworkPlan,
         cni::{Cached, PodFacts},
+        is_address,
     },
     operation::{Context, OnRestart, Operation, OperationKey, Over, Subject},
     rootfs::IdMapsMissing,
@@ -226,12 +227,14 @@ impl Operation for RunPodSandbox {
             .networks
             .plan(at, &self.id, &self.config.network, &facts)?;
         let holder = Sandbox::holder(&self.id);
-        let changes = network
-            .claims()
-            .into_iter()
-            .fold(Changes::new().claim(name, &holder), |changes, key| {
-                changes.claim(key, &holder)
-            });
+        let addresses = self.config.network.keeper.as_ref().unwrap_or(&holder);
+        let changes = network.claims().into_iter().fold(
+            Changes::new().claim(name, &holder),
+            |changes, key| {
+                let holder = if is_address(&key) { addresses } else { &holder };
+                changes.claim(key, holder)
+            },
+        );
         let changes = network
             .record(&self.id)
             .into_iter()

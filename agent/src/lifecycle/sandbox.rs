@@ -8,7 +8,7 @@ use crate::{
     cgroup::CgroupPath,
     clock::Time,
     id::{Face, SandboxId},
-    network::{Attachment, NetworkPlan, SandboxNetwork},
+    network::{Attachment, NetworkPlan, SandboxNetwork, is_address},
     store::Record,
 };
 
@@ -102,6 +102,9 @@ pub struct SandboxConfig {
     pub cgroup_parent: Option<String>,
     /// Containers may be privileged.
     pub privileged: bool,
+    /// It is a run of this system container, which keeps its addresses.
+    #[serde(default)]
+    pub system: Option<crate::id::ContainerId>,
     /// What a caller of `longshore.v1` repeats with a retry; empty for none. In CRI the name is it.
     #[serde(default)]
     pub idempotency_key: String,
@@ -171,6 +174,14 @@ impl Sandbox {
     /// Containers can be made and run.
     pub fn is_ready(&self) -> bool {
         self.state == SandboxState::Ready
+    }
+
+    /// What others may have once it is stopped.
+    pub fn released_claims(&self) -> Vec<String> {
+        let keeps = |key: &String| self.config.system.is_some() && is_address(key);
+        let mut claims = self.plan.claims();
+        claims.retain(|key| !keeps(key));
+        claims
     }
 
     /// Who holds the claims of this sandbox.

@@ -86,7 +86,7 @@ impl Lifecycle {
     ) -> Result<ContainerUse, LifecycleError> {
         let live = container.exit().is_none();
         let cgroup = self.readings(&container.cgroup, live).await?;
-        let (rootfs, id) = (self.rootfs.clone(), container.id.clone());
+        let (rootfs, id) = (self.rootfs.clone(), container.writable().clone());
         let writable =
             blocking::run("measure writable layer", move || rootfs.writable_usage(&id)).await?;
         let at = Time::now();

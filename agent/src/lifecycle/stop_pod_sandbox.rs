@@ -166,8 +166,7 @@ impl Operation for StopPodSandbox {
         let event =
             EventDraft::new(EventKind::SandboxStopped, sandbox.config.face).sandbox(&self.id);
         let changes = sandbox
-            .plan
-            .claims()
+            .released_claims()
             .into_iter()
             .fold(Changes::new(), Changes::release);
         (changes.update(sandbox).event(event), ())

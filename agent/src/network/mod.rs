@@ -40,7 +40,7 @@ pub use self::{
     error::NetworkError,
     host::{Finding, Severity},
     nft::Published,
-    plan::{Mac, Mode, NetworkPlan, SandboxNetwork},
+    plan::{Mac, Mode, NetworkPlan, SandboxNetwork, is_address},
     ports::{HostAddress, PortMapping, Protocol},
     record::{Network, NetworkChapterConfig, Serving, Wished},
 };

@@ -44,6 +44,9 @@ pub struct SandboxNetwork {
     /// Wished addresses, at most one of a family; a family without one gets the next free.
     #[serde(default)]
     pub addresses: Vec<IpAddr>,
+    /// Who holds its addresses, and goes on holding them without it; none is the sandbox itself.
+    #[serde(default)]
+    pub keeper: Option<String>,
 }
 
 /// Everything that attaching a sandbox needs.
@@ -221,7 +224,15 @@ pub(super) fn plan(
         v6: network.ipv6.filter(|_| host.ipv6),
     };
     let me = format!("sandbox/{sandbox}");
-    let addresses = addresses(claims, &network.name, pool, sandbox, &me, &wish.addresses)?;
+    let keeper = wish.keeper.as_ref().unwrap_or(&me);
+    let addresses = addresses(
+        claims,
+        &network.name,
+        pool,
+        sandbox,
+        keeper,
+        &wish.addresses,
+    )?;
     let families = Families {
         v4: addresses.iter().any(|net| net.addr().is_ipv4()),
         v6: addresses.iter().any(|net| net.addr().is_ipv6()),
@@ -305,8 +316,15 @@ fn seed(sandbox: &SandboxId) -> u64 {
 }
 
 pub(super) fn address_claim(network: &str, address: IpAddr) -> String {
-    format!("address/{network}/{address}")
+    format!("{ADDRESS}{network}/{address}")
 }
+
+/// Whether a claim is for an address.
+pub fn is_address(claim: &str) -> bool {
+    claim.starts_with(ADDRESS)
+}
+
+const ADDRESS: &str = "address/";
 
 #[cfg(test)]
 mod tests {

@@ -10,7 +10,7 @@ use crate::{
     blocking,
     handler::Handler as _,
     id::{ContainerId, Face, SandboxId},
-    lifecycle::{container::Container, sandbox::Sandbox},
+    lifecycle::{container::Container, sandbox::Sandbox, system::System},
     network::{Inventory, NetworkError},
     rootfs::Layer,
     store::Snapshot,
@@ -123,6 +123,9 @@ impl<'a> Known<'a> {
         self.either(|at| {
             at.get::<Container>(id.as_str()).is_some()
                 || at.held_by(&Container::holder(id)).next().is_some()
+                // A system container's writable layer bears its own id.
+                || at.get::<System>(id.as_str()).is_some()
+                || at.held_by(&System::holder(id)).next().is_some()
         })
     }
 

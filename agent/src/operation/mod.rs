@@ -333,6 +333,25 @@ impl Operations {
         }
     }
 
+    /// Tells an operation of this name that holds `subject` to unwind, and waits for it.
+    pub async fn preempt_named(&self, subject: &Subject, name: &str) {
+        if let Some(entry) = self.named(subject, name) {
+            entry.cancel.cancel();
+            ended(entry.done).await;
+        }
+    }
+
+    /// Name of the operation that holds `subject`.
+    pub fn running_on(&self, subject: &Subject) -> Option<&'static str> {
+        self.lock().running.get(subject).map(|entry| entry.name)
+    }
+
+    fn named(&self, subject: &Subject, name: &str) -> Option<Entry> {
+        let table = self.lock();
+        let entry = table.running.get(subject);
+        entry.filter(|entry| entry.name == name).cloned()
+    }
+
     fn with_prefix(&self, prefix: &str) -> Vec<Entry> {
         self.lock()
             .running
@@ -344,13 +363,7 @@ impl Operations {
 
     /// Waits while an operation of this name holds `subject`.
     pub async fn wait_for_named(&self, subject: &Subject, name: &str) {
-        let entry = self
-            .lock()
-            .running
-            .get(subject)
-            .filter(|entry| entry.name == name)
-            .cloned();
-        if let Some(entry) = entry {
+        if let Some(entry) = self.named(subject, name) {
             ended(entry.done).await;
         }
     }

@@ -58,6 +58,19 @@ pub(super) fn read_file(
     }
 }
 
+/// Whether `path` is a file with an execute bit.
+pub(super) fn is_program(layers: Merged, path: &str) -> Result<bool, RootfsError> {
+    let Found::Other {
+        fd,
+        kind: FileType::RegularFile,
+    } = find(layers, path)?
+    else {
+        return Ok(false);
+    };
+    let found = fstat(&fd).map_err(RootfsError::kernel("fstat", path))?;
+    Ok(found.st_mode & 0o111 != 0)
+}
+
 /// The directory `path`; none if there is nothing.
 pub(super) fn directory(layers: Merged, path: &str) -> Result<Option<Merged>, RootfsError> {
     match find(layers, path)? {

@@ -320,6 +320,34 @@ impl Rootfs {
         merge::read_file(self.open_layers(layers_base_first)?, path, max_bytes)
     }
 
+    /// [`Self::read_file`] with what a container has written above the layers.
+    ///
+    /// # Errors
+    /// As [`Self::read_file`].
+    pub fn read_written_file(
+        &self,
+        container: &ContainerId,
+        layers_base_first: &[Layer],
+        path: &str,
+        max_bytes: usize,
+    ) -> Result<Option<Vec<u8>>, RootfsError> {
+        let mut merged = self.open_layers(layers_base_first)?;
+        let upper = self.writable(container).upper;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(&upper, flags, Mode::empty())
+            .map_err(RootfsError::kernel("open", &upper))?;
+        merged.insert(0, merge::Part { fd, path: upper });
+        merge::read_file(merged, path, max_bytes)
+    }
+
+    /// Whether `path` of an image is a file that can be executed, links followed inside it.
+    ///
+    /// # Errors
+    /// `SymlinkLoop`, `LayerLost`, `Kernel`.
+    pub fn is_program(&self, layers_base_first: &[Layer], path: &str) -> Result<bool, RootfsError> {
+        merge::is_program(self.open_layers(layers_base_first)?, path)
+    }
+
     /// The directories of layers that together are the directory `path` of an image, topmost first:
     /// what a read-only overlay of it is made of. Links are followed inside the image; empty is the
     /// whole image. `None` if there is nothing.

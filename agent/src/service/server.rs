@@ -13,6 +13,7 @@ use longshore_proto::{
         image_service_server::ImageServiceServer, lifecycle_service_server::LifecycleServiceServer,
         network_service_server::NetworkServiceServer, node_service_server::NodeServiceServer,
         operation_service_server::OperationServiceServer,
+        system_service_server::SystemServiceServer,
     },
 };
 use tokio::net::{TcpListener, UnixListener};
@@ -156,6 +157,7 @@ async fn routes(agent: &Arc<Agent>) -> Result<Routes, ServeError> {
         .add_service(limited!(ImageServiceServer<Native>, native.clone()))
         .add_service(limited!(NetworkServiceServer<Native>, native.clone()))
         .add_service(limited!(LifecycleServiceServer<Native>, native.clone()))
+        .add_service(limited!(SystemServiceServer<Native>, native.clone()))
         .add_service(limited!(OperationServiceServer<Native>, native.clone()))
         .add_service(limited!(EventServiceServer<Native>, native.clone()))
         .add_service(limited!(NodeServiceServer<Native>, native))

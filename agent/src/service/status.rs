@@ -19,6 +19,7 @@ use crate::{
     lifecycle::{
         LifecycleError,
         spec::{CdiError, SpecError},
+        system::SystemError,
     },
     network::{
         NetworkError,
@@ -128,6 +129,7 @@ impl ToStatus for LifecycleError {
             Self::NotFound { kind, id } => {
                 let reason = match *kind {
                     "sandbox" => ErrorReason::SandboxNotFound,
+                    "system container" => ErrorReason::SystemNotFound,
                     _ => ErrorReason::ContainerNotFound,
                 };
                 Verdict::new(Code::NotFound, reason).fact("id", id)
@@ -150,6 +152,7 @@ impl ToStatus for LifecycleError {
             } => {
                 let reason = match *kind {
                     "sandbox" => ErrorReason::SandboxState,
+                    "system container" => ErrorReason::SystemState,
                     _ => ErrorReason::ContainerState,
                 };
                 Verdict::new(Code::FailedPrecondition, reason)
@@ -191,6 +194,7 @@ impl ToStatus for LifecycleError {
                     .fact("stage", "exec")
                     .fact("stage_seconds", after.as_secs_f64())
             }
+            Self::System(error) => error.verdict(),
             Self::Spec(error) => error.verdict(),
             Self::Image(error) => error.verdict(),
             Self::Network(error) => error.verdict(),
@@ -207,6 +211,38 @@ impl ToStatus for LifecycleError {
                 Verdict::new(Code::Internal, ErrorReason::System).fact("step", operation)
             }
             Self::Shared(error) => error.verdict(),
+        }
+    }
+}
+
+impl ToStatus for SystemError {
+    fn verdict(&self) -> Verdict {
+        let refused = |reason| Verdict::new(Code::FailedPrecondition, reason);
+        match self {
+            Self::NoInit { image, candidates } => refused(ErrorReason::NoInit)
+                .fact("image", image)
+                .fact("candidates", candidates.join(", ")),
+            Self::Handler { handler } => {
+                Verdict::new(Code::Unimplemented, ErrorReason::NotImplemented)
+                    .fact("feature", "system containers")
+                    .fact("handler", handler)
+            }
+            Self::InitEnded {
+                name,
+                exit,
+                console,
+            } => refused(ErrorReason::InitEnded)
+                .fact("id", name)
+                .fact("exit_code", exit.code)
+                .fact("signal", exit.signal)
+                .fact("console", console),
+            Self::HalfConfigured { .. } | Self::TooFewIds { .. } | Self::BadIdLine { .. } => {
+                refused(ErrorReason::IdRanges)
+            }
+            Self::IdsExhausted { .. } => {
+                Verdict::new(Code::ResourceExhausted, ErrorReason::IdRanges)
+            }
+            Self::IdFile { source, .. } => system("read", source),
         }
     }
 }
@@ -466,8 +502,10 @@ impl ToStatus for CniError {
 impl ToStatus for CgroupError {
     fn verdict(&self) -> Verdict {
         match self {
-            Self::NoHierarchy => Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
-                .fact("feature", "cgroups"),
+            Self::NoHierarchy | Self::NoTracking => {
+                Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
+                    .fact("feature", "cgroups")
+            }
             Self::NoSystemd => Verdict::new(Code::Unimplemented, ErrorReason::KernelLacks)
                 .fact("feature", "systemd as process 1"),
             Self::BadPath { path, .. } => {

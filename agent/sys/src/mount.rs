@@ -217,10 +217,11 @@ pub struct Overlay<'a> {
     pub layers_dir: &'a Path,
     /// Lower directories, topmost first.
     pub lower: &'a [String],
-    /// Upper and work directory; `None` for a read-only tree. It is mounted volatile: nothing is
-    /// synced, neither for programs inside nor when it is unmounted, and a crash of the machine
-    /// makes the upper directory unusable (the kernel refuses to mount it again).
+    /// Upper and work directory; `None` for a read-only tree.
     pub writable: Option<(&'a Path, &'a Path)>,
+    /// Nothing is synced, neither for programs inside nor when it is unmounted, and the upper
+    /// directory can't be used again: the kernel refuses to mount it once more.
+    pub volatile: bool,
 }
 
 /// Mounts an overlay as a detached tree, by the new mount API: `lowerdir+` (Linux 6.7) takes any
@@ -259,7 +260,9 @@ pub fn overlay_detached(overlay: &Overlay<'_>) -> io::Result<OwnedFd> {
         Some((upper, work)) => {
             rustix::mount::fsconfig_set_string(context.as_fd(), "upperdir", upper)?;
             rustix::mount::fsconfig_set_string(context.as_fd(), "workdir", work)?;
-            rustix::mount::fsconfig_set_flag(context.as_fd(), "volatile")?;
+            if overlay.volatile {
+                rustix::mount::fsconfig_set_flag(context.as_fd(), "volatile")?;
+            }
         }
         None => attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY,
     }
@@ -293,7 +296,9 @@ pub fn overlay_at(overlay: &Overlay<'_>, target: &Path) -> io::Result<()> {
             data.push(b'=');
             escape_option(path.as_os_str().as_bytes(), &mut data);
         }
-        data.extend_from_slice(b",volatile");
+        if overlay.volatile {
+            data.extend_from_slice(b",volatile");
+        }
     }
     rustix::process::chdir(overlay.layers_dir)?;
     let flags = if overlay.writable.is_some() {
@@ -331,6 +336,7 @@ pub fn overlay_for_reading(layers_dir: &Path, lower: &[String]) -> io::Result<Ow
         layers_dir,
         lower,
         writable: None,
+        volatile: false,
     };
     match overlay_detached(&overlay) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS)) => {
@@ -397,6 +403,7 @@ mod tests {
             layers_dir: dir.path(),
             lower: &lower,
             writable: None,
+            volatile: false,
         };
         for tree in [
             overlay_for_reading(dir.path(), &lower).expect("mount"),

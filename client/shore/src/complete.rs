@@ -9,7 +9,7 @@ use longshore_client::{
     Address, Client, Retry,
     proto::{
         ListContainersRequest, ListImagesRequest, ListNetworksRequest, ListOperationsRequest,
-        ListSandboxesRequest,
+        ListSandboxesRequest, ListSystemsRequest,
     },
 };
 
@@ -27,6 +27,7 @@ pub(crate) enum Live {
     Images,
     Networks,
     Operations,
+    Systems,
     /// Everything that `inspect` knows.
     Anything,
 }
@@ -134,6 +135,16 @@ async fn names(client: &Client, live: Live) -> Option<Vec<(String, String)>> {
             .ok()?
         {
             found.push((network.name, format!("network {}", network.bridge)));
+        }
+    }
+    if matches!(live, Live::Systems) {
+        for system in client
+            .all_systems(ListSystemsRequest::default())
+            .await
+            .ok()?
+        {
+            let state = plain(system.state().as_str_name(), "SYSTEM_STATE_");
+            found.push((system.name, format!("{} {state}", system.image)));
         }
     }
     if matches!(live, Live::Operations) {

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use longshore_client::{ADDRESS_VARIABLE, Error, Refusal};
+use longshore_client::{ADDRESS_VARIABLE, Error, Reason, Refusal};
 use tonic::Code;
 
 use crate::{exit_code::ExitCode, terminal};
@@ -125,6 +125,7 @@ fn problem_hint(problem: &Problem) -> Option<String> {
                 "image" => "images",
                 "network" => "network ls",
                 "operation" => "operations",
+                "system container" => "system ls",
                 _ => "ps -a",
             }
         )),
@@ -157,7 +158,23 @@ fn agent_hint(error: &Error) -> Option<String> {
     }
 }
 
+/// What brings a system container into the state that was needed.
+fn system_hint(refusal: &Refusal) -> Option<String> {
+    let fact = |name: &str| refusal.facts.get(name).map(String::as_str);
+    let (name, state, required) = (fact("id")?, fact("state")?, fact("required")?);
+    let verb = match (state, required) {
+        ("FROZEN", "RUNNING") => "unfreeze",
+        (_, "STOPPED") => "stop",
+        ("STOPPED", _) => "start",
+        _ => return None,
+    };
+    Some(format!("`shore system {verb} {name}`"))
+}
+
 fn refusal_hint(refusal: &Refusal) -> Option<String> {
+    if refusal.reason == Some(Reason::SystemState) {
+        return system_hint(refusal);
+    }
     let holder = refusal.facts.get("holder");
     if let (Some(holder), Code::FailedPrecondition | Code::AlreadyExists) = (holder, refusal.code) {
         return Some(format!(
@@ -243,6 +260,23 @@ mod tests {
             render(&error, false).contains("try: it is held by sandbox/abc; `shore inspect abc`")
         );
         assert_eq!(exit_code(&error), ExitCode::CONFLICT);
+    }
+
+    #[test]
+    fn a_system_container_in_another_state_says_what_to_do() {
+        for (state, required, expected) in [
+            ("RUNNING", "STOPPED", "try: `shore system stop web`"),
+            ("STOPPED", "RUNNING", "try: `shore system start web`"),
+            ("FROZEN", "RUNNING", "try: `shore system unfreeze web`"),
+        ] {
+            let mut refusal = refusal(Code::FailedPrecondition);
+            refusal.reason = Some(Reason::SystemState);
+            for (name, value) in [("id", "web"), ("state", state), ("required", required)] {
+                refusal.facts.insert(name.into(), value.into());
+            }
+            let text = render(&refused(refusal), false);
+            assert!(text.contains(expected), "{text}");
+        }
     }
 
     #[test]

@@ -139,6 +139,7 @@ named!(
     GetImageResponse,
     GetNetworkResponse,
     GetSandboxResponse,
+    GetSystemResponse,
     Image,
     InfoResponse,
     Lease,
@@ -150,6 +151,7 @@ named!(
     RemoteImage,
     Sandbox,
     StatsResponse,
+    System,
     UsageResponse,
     WaitContainerResponse,
 );

@@ -71,20 +71,61 @@ fn set(terminal: BorrowedFd<'_>, mode: &Termios) -> io::Result<()> {
 
 /// The keys that leave a container without ending it, as docker writes them: `ctrl-p,ctrl-q`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct DetachKeys(Vec<u8>);
+pub(crate) struct DetachKeys {
+    keys: Vec<u8>,
+    /// The first one twice is sent once, as the escape of a console is.
+    doubled: bool,
+}
 
 impl DetachKeys {
     /// No keys: there is no way to leave.
     pub(crate) const fn none() -> Self {
-        Self(Vec::new())
+        Self {
+            keys: Vec::new(),
+            doubled: false,
+        }
+    }
+
+    /// The escape of a console, `^a` or a single letter for control and that letter, then `q`; `none`
+    /// for no way to leave.
+    pub(crate) fn escape(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self::none());
+        }
+        match text.strip_prefix('^').unwrap_or(text).as_bytes() {
+            [letter] if letter.is_ascii_alphabetic() => Ok(Self {
+                keys: vec![letter.to_ascii_lowercase() & 0x1f, b'q'],
+                doubled: true,
+            }),
+            _ => Err(format!(
+                "`{text}` is no escape: write ^ and a letter, as in ^a, or none"
+            )),
+        }
     }
 
     /// Reads a list of `ctrl-<letter>` and single characters, separated by commas.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         if text.is_empty() {
-            return Ok(Self(Vec::new()));
+            return Ok(Self::none());
         }
-        text.split(',').map(key).collect::<Result<_, _>>().map(Self)
+        let keys = text.split(',').map(key).collect::<Result<_, _>>()?;
+        Ok(Self {
+            keys,
+            doubled: false,
+        })
+    }
+}
+
+impl std::fmt::Display for DetachKeys {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (at, key) in self.keys.iter().enumerate() {
+            let space = if at == 0 { "" } else { " " };
+            match key {
+                0..0x20 => write!(out, "{space}Ctrl-{}", char::from(key | 0x60))?,
+                key => write!(out, "{space}{}", char::from(*key))?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -105,6 +146,7 @@ fn key(name: &str) -> Result<u8, String> {
 #[derive(Debug)]
 pub(crate) struct DetachWatch {
     keys: Vec<u8>,
+    doubled: bool,
     matched: usize,
 }
 
@@ -120,7 +162,8 @@ pub(crate) struct Typed {
 impl DetachWatch {
     pub(crate) fn new(keys: &DetachKeys) -> Self {
         Self {
-            keys: keys.0.clone(),
+            keys: keys.keys.clone(),
+            doubled: keys.doubled,
             matched: 0,
         }
     }
@@ -136,6 +179,11 @@ impl DetachWatch {
             };
         }
         for &byte in input {
+            if self.doubled && self.matched == 1 && byte == self.keys[0] {
+                forward.push(byte);
+                self.matched = 0;
+                continue;
+            }
             if byte == self.keys[self.matched] {
                 self.matched += 1;
                 if self.matched == self.keys.len() {
@@ -170,20 +218,38 @@ mod tests {
 
     #[test]
     fn keys_are_written_as_docker_does() {
-        assert_eq!(
-            DetachKeys::parse("ctrl-p,ctrl-q"),
-            Ok(DetachKeys(vec![16, 17]))
-        );
-        assert_eq!(DetachKeys::parse("~,."), Ok(DetachKeys(b"~.".to_vec())));
-        assert_eq!(DetachKeys::parse("ctrl-]"), Ok(DetachKeys(vec![0x1d])));
-        assert_eq!(DetachKeys::parse(""), Ok(DetachKeys(Vec::new())));
+        assert_eq!(DetachKeys::parse("ctrl-p,ctrl-q"), Ok(plain(&[16, 17])));
+        assert_eq!(DetachKeys::parse("~,."), Ok(plain(b"~.")));
+        assert_eq!(DetachKeys::parse("ctrl-]"), Ok(plain(&[0x1d])));
+        assert_eq!(DetachKeys::parse(""), Ok(plain(&[])));
         for bad in ["ctrl-", "ctrl-pp", "control-p", "ctrl-p,", "ctrl-1", " "] {
             assert!(DetachKeys::parse(bad).is_err(), "{bad}");
         }
     }
 
+    fn plain(keys: &[u8]) -> DetachKeys {
+        DetachKeys {
+            keys: keys.to_vec(),
+            doubled: false,
+        }
+    }
+
     fn watch() -> DetachWatch {
-        DetachWatch::new(&DetachKeys(vec![16, 17]))
+        DetachWatch::new(&plain(&[16, 17]))
+    }
+
+    #[test]
+    fn the_escape_of_a_console_can_be_typed_and_sent() {
+        let watch = || DetachWatch::new(&DetachKeys::escape("^a").expect("an escape"));
+        check(&mut watch(), b"ls\x01q", b"ls", true);
+        check(&mut watch(), b"\x01\x01q", b"\x01q", false);
+        check(&mut watch(), b"\x01x", b"\x01x", false);
+        check(&mut watch(), b"\x01\x01\x01q", b"\x01", true);
+        assert_eq!(DetachKeys::escape("none"), Ok(DetachKeys::none()));
+        assert_eq!(DetachKeys::escape("b"), DetachKeys::escape("^B"));
+        for bad in ["", "^", "^1", "ab"] {
+            assert!(DetachKeys::escape(bad).is_err(), "{bad}");
+        }
     }
 
     #[track_caller]
@@ -213,7 +279,7 @@ mod tests {
 
     #[test]
     fn without_keys_everything_is_forwarded() {
-        let mut watch = DetachWatch::new(&DetachKeys(Vec::new()));
+        let mut watch = DetachWatch::new(&DetachKeys::none());
         check(&mut watch, b"\x10\x11", b"\x10\x11", false);
     }
 }

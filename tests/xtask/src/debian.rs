@@ -7,10 +7,13 @@ use crate::{
     run::{Run, Workspace},
 };
 
-/// The tar of a minimal Debian, made once per target folder.
+/// An init, so that it can be booted, and what tests ask it by.
+const INCLUDED: &str = "--include=systemd-sysv,dbus,udev,iproute2,procps";
+
+/// The tar of a minimal Debian with its init, made once per target folder.
 pub(crate) fn root_tar(workspace: &Workspace) -> Result<PathBuf, String> {
     let dir = workspace.target.join("debian");
-    let tar = dir.join("root.tar");
+    let tar = dir.join("system.tar");
     if tar.exists() {
         return Ok(tar);
     }
@@ -20,9 +23,9 @@ pub(crate) fn root_tar(workspace: &Workspace) -> Result<PathBuf, String> {
     fs::create_dir_all(&dir).map_err(|error| format!("{}: {error}", dir.display()))?;
     let (suite, mirror) = source()?;
     let root = dir.join("root");
-    let unfinished = dir.join("root.tar.part");
+    let unfinished = dir.join("system.tar.part");
     let made = Run::new("debootstrap")
-        .args(["--variant=minbase", &suite])
+        .args(["--variant=minbase", INCLUDED, &suite])
         .arg(&root)
         .arg(&mirror)
         .check()

@@ -58,6 +58,7 @@ pub(crate) const TESTS: &[Package] = &[
     program("procps", "ps"),
     program("libcap2-bin", "capsh"),
     program("util-linux", "unshare"),
+    program("busybox-static", "busybox"),
     program("runc", "runc"),
     program("crun", "crun"),
     Package {

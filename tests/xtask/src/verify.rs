@@ -291,7 +291,8 @@ fn lab(workspace: &Workspace, needed: bool, skipped: &mut Skipped) -> Step {
     let share = workspace.target.join("lab");
     let _fresh = fs::remove_dir_all(&share);
     fs::create_dir_all(&share).map_err(|error| format!("{}: {error}", share.display()))?;
-    for (from, name) in [
+    let busybox = packages::find("busybox").map(|path| (path, "busybox"));
+    let programs = [
         (suite, "it"),
         (workspace.target.join("debug/longshored"), "longshored"),
         (
@@ -300,7 +301,8 @@ fn lab(workspace: &Workspace, needed: bool, skipped: &mut Skipped) -> Step {
         ),
         (workspace.target.join("debug/shore"), "shore"),
         (workspace.page_server(), "page-server"),
-    ] {
+    ];
+    for (from, name) in programs.into_iter().chain(busybox) {
         let to = share.join(name);
         fs::copy(&from, &to)
             .map_err(|error| format!("{} to {}: {error}", from.display(), to.display()))?;
@@ -336,6 +338,7 @@ const SUITE: &str = r#"
 set -e
 cd /opt && mkdir -p longshore /var/lib/longshore-tests && cp "$1"/* longshore/
 export LONGSHORE_BIN_DIR=/opt/longshore LONGSHORE_PAGE_SERVER=/opt/longshore/page-server
+export LONGSHORE_BUSYBOX=/opt/longshore/busybox
 export LONGSHORE_TEST_DIR=/var/lib/longshore-tests LONGSHORE_SKIPS="$1/skipped-tests"
 export RUST_BACKTRACE=0
 it="longshore/it --test-threads=1"

@@ -114,24 +114,39 @@ pub(super) fn empty_readonly() -> Result<OwnedFd, Errno> {
 
 /// Binds paths over themselves, read-only.
 pub(super) fn make_readonly(paths: &[String], root: &OwnedFd) -> Step<()> {
+    let readonly = Attributes {
+        set: libc::MOUNT_ATTR_RDONLY,
+        clear: 0,
+        propagation: libc::MS_PRIVATE,
+    };
     for target in paths {
-        at(make_readonly_one(target, root), || {
+        at(bind_over_itself(target, root, readonly), || {
             format!("make {target} read-only")
         })?;
     }
     Ok(())
 }
 
-fn make_readonly_one(target: &str, root: &OwnedFd) -> io::Result<()> {
+/// Binds paths below read-only ones over themselves, writable again.
+pub(super) fn make_writable(paths: &[String], root: &OwnedFd) -> Step<()> {
+    let writable = Attributes {
+        set: 0,
+        clear: libc::MOUNT_ATTR_RDONLY,
+        propagation: libc::MS_PRIVATE,
+    };
+    for target in paths {
+        at(bind_over_itself(target, root, writable), || {
+            format!("make {target} writable")
+        })?;
+    }
+    Ok(())
+}
+
+fn bind_over_itself(target: &str, root: &OwnedFd, attributes: Attributes) -> io::Result<()> {
     let Some(target) = open(root, target)? else {
         return Ok(());
     };
     let tree = mount::clone_tree(&target, "", true)?;
-    let readonly = Attributes {
-        set: libc::MOUNT_ATTR_RDONLY,
-        clear: 0,
-        propagation: libc::MS_PRIVATE,
-    };
-    mount::set_attributes(&tree, true, readonly)?;
+    mount::set_attributes(&tree, true, attributes)?;
     mount::attach(&tree, &target)
 }

@@ -21,6 +21,7 @@
 //! a user namespace some of it has to come before that is joined: see [`user`].
 
 mod devices;
+mod files;
 mod masks;
 mod mounts;
 mod namespaces;
@@ -177,7 +178,8 @@ fn first(
         terminal::bind_console(&root, terminal)?;
     }
     root::enter(plan, root)?;
-    settings::prepare(&plan.process, stdio, terminal.as_ref(), &host.null)?;
+    let console = plan.console_bytes > 0;
+    settings::prepare(&plan.process, stdio, terminal.as_ref(), console, &host.null)?;
     let controlling = terminal
         .as_ref()
         .map(|terminal| terminal.controlling.as_fd());
@@ -238,7 +240,7 @@ fn exec(
     } else {
         None
     };
-    settings::prepare(process, stdio, terminal.as_ref(), &host.null)?;
+    settings::prepare(process, stdio, terminal.as_ref(), false, &host.null)?;
     if let Some(terminal) = &terminal {
         at(
             report::ready(channel, Some(terminal.controlling.as_fd())),

@@ -102,6 +102,7 @@ fn open_overlay(mount: &Mount, lower: &[PathBuf], point: &Path) -> io::Result<Ow
         layers_dir: parent,
         lower: &names,
         writable: None,
+        volatile: false,
     };
     let tree = root::mount_overlay(&overlay, point)?;
     let own = Attributes {

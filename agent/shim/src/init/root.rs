@@ -11,7 +11,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
 
-use super::{Step, at, devices, masks, mounts, open_dir, user};
+use super::{Step, at, devices, files, masks, mounts, open_dir, user};
 use crate::wire::{ContainerPlan, Propagation, Rootfs, Sysctl};
 
 /// What is opened on the host's mounts before the root is put together.
@@ -65,11 +65,13 @@ pub(super) fn build(plan: &ContainerPlan, mut sources: Sources) -> Step<OwnedFd>
         // What is made from here on is the pod's own root's.
         user::become_root()?;
     }
+    files::write(&plan.files, &root)?;
     mounts::mount_all(plan, &root, sources.binds)?;
     if !mounts::brings_own_dev(&plan.mounts) {
         devices::make(plan, &root)?;
     }
     masks::make_readonly(&plan.readonly_paths, &root)?;
+    masks::make_writable(&plan.writable_paths, &root)?;
     masks::mask(&plan.masked_paths, &root, &sources.null)?;
     Ok(root)
 }
@@ -81,6 +83,7 @@ pub(super) fn overlay(rootfs: &Rootfs) -> Step<OwnedFd> {
         layers_dir: Path::new(&rootfs.layers_dir),
         lower: &rootfs.lower,
         writable,
+        volatile: !rootfs.durable,
     };
     let mounted = mount_overlay(&overlay, Path::new(&rootfs.mount_point));
     at(mounted, || "mount overlay".into())

@@ -37,16 +37,18 @@ const LIMITS: [&str; 16] = [
     "RTTIME",
 ];
 
-/// Session, stdio, limits and working directory, inside the root.
+/// Session, stdio, limits and working directory, inside the root. A terminal that is a `console` is
+/// left for those who log in there to take: it could not be taken from an init.
 pub(super) fn prepare(
     process: &ProcessPlan,
     stdio: &ChildStdio,
     terminal: Option<&Terminal>,
+    console: bool,
     host_null: &OwnedFd,
 ) -> Step<()> {
     at(proc::new_session(), || "setsid".into())?;
     match terminal {
-        Some(terminal) => take_terminal(&terminal.program)?,
+        Some(terminal) => take_terminal(&terminal.program, !console)?,
         None => take_stdio(process, stdio, host_null)?,
     }
     for limit in &process.rlimits {
@@ -74,10 +76,12 @@ pub(super) fn raise_limits(process: &ProcessPlan) -> Step<()> {
     Ok(())
 }
 
-fn take_terminal(program: &OwnedFd) -> Step<()> {
-    at(proc::set_controlling_terminal(program), || {
-        "set the controlling terminal".into()
-    })?;
+fn take_terminal(program: &OwnedFd, controlling: bool) -> Step<()> {
+    if controlling {
+        at(proc::set_controlling_terminal(program), || {
+            "set the controlling terminal".into()
+        })?;
+    }
     at(replace_stdio([program, program, program]), || "dup2".into())
 }
 

@@ -27,6 +27,7 @@ mod mounts;
 mod process;
 mod resources;
 mod security;
+mod system;
 mod user;
 
 use std::path::Path;
@@ -42,8 +43,9 @@ pub use self::{
     error::SpecError,
     host::{DeviceNode, HostFacts, SourceFacts, gather},
     mounts::image_volumes,
-    process::{ExecProcess, exec_process},
+    process::{DEFAULT_PATH, ExecProcess, exec_process},
     resources::{check_resources, linux_resources},
+    system::{CONSOLE_BYTES, WRITABLE_PATHS, system_environment, system_security},
     user::resolve_user,
 };
 use super::{
@@ -129,7 +131,10 @@ pub fn build(input: &SpecInput<'_>) -> Result<Built, SpecError> {
     spec.set_version(OCI_VERSION.to_owned())
         .set_root(Some(root))
         .set_hostname((!is_host_network(input)).then(|| hostname(input)))
-        .set_mounts(Some(mounts::mounts(input)?))
+        .set_mounts(Some(match &config.system {
+            Some(_) => system::mounts(input)?,
+            None => mounts::mounts(input)?,
+        }))
         .set_process(Some(process))
         .set_linux(Some(linux))
         .set_annotations(None);
@@ -149,7 +154,10 @@ fn first_process(input: &SpecInput<'_>, user: &User) -> Result<Process, SpecErro
         host,
         ..
     } = *input;
-    let env = process::environment(config, image, &hostname(input), user)?;
+    let env = match config.system {
+        Some(_) => process::own_environment(config)?,
+        None => process::environment(config, image, &hostname(input), user)?,
+    };
     let rlimits = process::rlimits(&config.rlimits)?;
     let mut process = Process::default();
     process
@@ -215,8 +223,9 @@ fn linux(input: &SpecInput<'_>, process: &Process, pid: &PidMode) -> Result<Linu
 fn namespaces(input: &SpecInput<'_>, pid: &PidMode) -> Vec<LinuxNamespace> {
     use LinuxNamespaceType as Kind;
     let of_sandbox = |name: &str| Some(input.sandbox_dir.join("ns").join(name));
-    let has_own_cgroup =
-        input.cgroup_version == CgroupVersion::V2 && !input.config.security.privileged;
+    let has_own_cgroup = (input.cgroup_version == CgroupVersion::V2
+        && !input.config.security.privileged)
+        || input.config.system.is_some();
     let has_own_network = !is_host_network(input);
     [
         (true, Kind::Mount, None),

@@ -227,7 +227,11 @@ fn files(input: &SpecInput<'_>) -> impl Iterator<Item = Mount> {
         })
 }
 
-fn wished(wish: &MountWish, ids: Option<IdMap>, host: &HostFacts) -> Result<Mount, SpecError> {
+pub(super) fn wished(
+    wish: &MountWish,
+    ids: Option<IdMap>,
+    host: &HostFacts,
+) -> Result<Mount, SpecError> {
     let field = |name: &str| format!("mounts[{}].{name}", wish.target.display());
     let target = match wish.target.to_str() {
         Some(target) => absolute("mounts.target", target)?,
@@ -406,7 +410,7 @@ fn check_recursive_readonly(wish: &MountWish, host: &HostFacts) -> Result<(), Sp
     })
 }
 
-fn mount(
+pub(super) fn mount(
     target: impl AsRef<Path>,
     kind: &str,
     source: impl AsRef<OsStr>,

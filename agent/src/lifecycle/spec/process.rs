@@ -13,7 +13,8 @@ use super::{
 };
 use crate::image::ImageConfig;
 
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where commands are looked for, where nobody says.
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const DEFAULT_TERM: &str = "xterm";
 /// SIGTERM.
 const DEFAULT_STOP_SIGNAL: i32 = 15;
@@ -138,6 +139,13 @@ pub(super) fn environment(
     if !env.has("HOME") {
         env.set("HOME", user.home.clone());
     }
+    Ok(env)
+}
+
+/// What the container says, and nothing else.
+pub(super) fn own_environment(config: &ContainerConfig) -> Result<Environment, SpecError> {
+    let mut env = Environment::default();
+    add_wished(&mut env, config.env.iter().cloned())?;
     Ok(env)
 }
 

@@ -86,6 +86,7 @@ pub(super) fn sandbox() -> SandboxConfig {
         handler: String::new(),
         cgroup_parent: None,
         privileged: false,
+        system: None,
         idempotency_key: String::new(),
         request: serde_json::Value::Null,
     }
@@ -120,6 +121,7 @@ pub(super) fn config() -> ContainerConfig {
         stop_timeout: Duration::from_secs(10),
         log: None,
         oom_score_adj: None,
+        system: None,
         idempotency_key: String::new(),
         request: serde_json::Value::Null,
     }

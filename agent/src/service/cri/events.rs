@@ -57,7 +57,12 @@ impl Cri {
             | EventKind::ImageUntagged
             | EventKind::ImageRemoved
             | EventKind::NetworkCreated
-            | EventKind::NetworkDeleted => return None,
+            | EventKind::NetworkDeleted
+            | EventKind::SystemCreated
+            | EventKind::SystemStarted
+            | EventKind::SystemRebooted
+            | EventKind::SystemStopped
+            | EventKind::SystemRemoved => return None,
         };
         let sandbox_id = what.sandbox_id.as_ref()?;
         // Kubelet keeps the answer with the latest time, of these and of PodSandboxStatus. The time of

@@ -85,6 +85,7 @@ pub(super) fn sandbox_config(request: cri::RunPodSandboxRequest) -> Parsed<Sandb
             network: String::new(),
             ports: ports(&config.port_mappings)?,
             addresses: Vec::new(),
+            keeper: None,
         },
         dns: config.dns_config.as_ref().map(dns).transpose()?,
         sysctls: sysctls(&linux.sysctls, network, host_ipc)?,
@@ -106,6 +107,7 @@ pub(super) fn sandbox_config(request: cri::RunPodSandboxRequest) -> Parsed<Sandb
         handler: request.runtime_handler,
         cgroup_parent: cgroup_parent(&linux.cgroup_parent)?,
         privileged: security.privileged,
+        system: None,
         idempotency_key: String::new(),
         request: keep(&config),
     })
@@ -480,6 +482,7 @@ pub(super) fn container_config(request: cri::CreateContainerRequest) -> Parsed<C
         stop_timeout: STOP_TIMEOUT,
         log: log(&sandbox.log_directory, &config.log_path)?,
         oom_score_adj: linux.resources.as_ref().map(oom_score_adj).transpose()?,
+        system: None,
         idempotency_key: String::new(),
         request: keep(&config),
     })

@@ -106,6 +106,12 @@ changes! {
     TagImageRequest about image;
     RemoveImageRequest about image;
     CancelOperationRequest about operation_id;
+    StartSystemRequest about name;
+    StopSystemRequest about name;
+    RestartSystemRequest about name;
+    RemoveSystemRequest about name;
+    FreezeSystemRequest about name;
+    UnfreezeSystemRequest about name;
 }
 
 impl Change for pb::PruneImagesRequest {
@@ -133,6 +139,21 @@ impl Change for pb::RunSandboxRequest {
 
     fn content(&self) -> Digest {
         let (bare, maps) = parse::sandbox_without_maps(self.config.clone().unwrap_or_default());
+        digest(&[&bare.encode_to_vec(), &maps])
+    }
+}
+
+impl Change for pb::CreateSystemRequest {
+    fn key(&self) -> &str {
+        &self.idempotency_key
+    }
+
+    fn subject(&self) -> &str {
+        self.config.as_ref().map_or("", |config| &config.name)
+    }
+
+    fn content(&self) -> Digest {
+        let (bare, maps) = parse::system_without_maps(self.config.clone().unwrap_or_default());
         digest(&[&bare.encode_to_vec(), &maps])
     }
 }

@@ -1,7 +1,7 @@
 //! `longshore.v1`: one short method per RPC: parse, call, render.
 //!
 //! ```text
-//!  lifecycle  image  network  node  operation  event      one file per service
+//!  lifecycle  system  image  network  node  operation  event      one file per service
 //!       |         \____________|__________/
 //!  parse (messages -> wishes)  render (records -> messages)
 //!  idempotency + deadline: around every change
@@ -24,6 +24,7 @@ mod page;
 mod parse;
 mod render;
 mod stats;
+mod system;
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
@@ -43,7 +44,7 @@ use crate::{
 /// What the streaming RPCs return.
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// The six services of `longshore.v1` over one agent.
+/// The seven services of `longshore.v1` over one agent.
 #[derive(Clone)]
 pub(super) struct Native {
     agent: Arc<Agent>,

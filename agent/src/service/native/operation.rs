@@ -35,7 +35,13 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 const PULL: &str = "pull_image";
 /// Operations whose steps can be undone; others can only be finished.
-const CANCELLABLE: [&str; 3] = ["run_pod_sandbox", "create_container", PULL];
+const CANCELLABLE: [&str; 5] = [
+    "run_pod_sandbox",
+    "create_container",
+    "create_system",
+    "start_system",
+    PULL,
+];
 
 /// Pulls that this face began: they can be cancelled, and are remembered.
 #[derive(Clone, Default)]
@@ -321,6 +327,7 @@ fn subject(name: &str, held: &Subject, input: Option<&serde_json::Value>) -> Str
     let kind = match name {
         "run_pod_sandbox" => "sandbox",
         "create_container" => "container",
+        "create_system" => "system",
         _ => return held.to_string(),
     };
     let id = input.and_then(|input| input.get("id")?.as_str());

@@ -26,6 +26,7 @@ use crate::{
             Propagation, Resources, RlimitWish, SeccompWish, Security, UserWish,
         },
         sandbox::{Dns, PidMode, SandboxConfig, SandboxKey},
+        system::{Autostart, SystemConfig},
     },
     network::{Mode, PortMapping, Protocol, SandboxNetwork},
     service::edge,
@@ -36,6 +37,8 @@ type Parsed<T> = Result<T, NativeError>;
 
 /// Time between stop signal and SIGKILL when nobody says.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// A whole system takes longer to halt than a program.
+const SYSTEM_STOP_TIMEOUT: Duration = Duration::from_secs(30);
 /// Most bytes of labels and annotations together.
 const LABEL_BYTES: usize = 64 << 10;
 /// Longest name of a sandbox or container.
@@ -117,6 +120,12 @@ pub(super) fn container_without_maps(
     (config, maps)
 }
 
+/// As [`sandbox_without_maps`].
+pub(super) fn system_without_maps(mut config: pb::SystemConfig) -> (pb::SystemConfig, Maps) {
+    let labels = std::mem::take(&mut config.labels);
+    (config, sorted([labels, HashMap::new(), HashMap::new()]))
+}
+
 fn sorted(maps: [HashMap<String, String>; 3]) -> Maps {
     let maps = maps.map(|map| map.into_iter().collect::<BTreeMap<_, _>>());
     serde_json::to_vec(&maps).expect("maps of text are JSON")
@@ -177,6 +186,7 @@ pub(super) fn sandbox(
         handler: config.handler.clone(),
         cgroup_parent: None,
         privileged: true,
+        system: None,
         idempotency_key: String::new(),
         request: keep(&sandbox_without_maps(config).0),
     })
@@ -271,6 +281,7 @@ fn network(wished: Option<&pb::SandboxNetwork>) -> Parsed<SandboxNetwork> {
             .map(|(index, port)| self::port(port, &format!("config.network.ports[{index}]")))
             .collect::<Parsed<_>>()?,
         addresses: Vec::new(),
+        keeper: None,
     })
 }
 
@@ -490,9 +501,98 @@ pub(super) fn container(config: pb::ContainerConfig) -> Parsed<ContainerConfig> 
             })?,
         log: None,
         oom_score_adj: oom_score_adj(limits.oom_score_adj)?,
+        system: None,
         idempotency_key: String::new(),
         request: keep(&container_without_maps(config).0),
     })
+}
+
+/// `SystemConfig`.
+pub(super) fn system(config: pb::SystemConfig) -> Parsed<SystemConfig> {
+    edge::required("config.name", &config.name)?;
+    name("config.name", &config.name)?;
+    if config.name.contains('_') {
+        let expected = "a name without `_`, which no host name has";
+        return Err(NativeError::invalid("config.name", &config.name, expected));
+    }
+    labels(&config.labels, &HashMap::new())?;
+    image("config.image", &config.image)?;
+    let network = network(config.network.as_ref())?;
+    if network.mode == Mode::Host {
+        // Its root would be nobody there, and its init would rearrange the host's.
+        let expected = "POD or NONE";
+        return Err(NativeError::invalid(
+            "config.network.mode",
+            "HOST",
+            expected,
+        ));
+    }
+    hostname(&config.hostname, network.mode)?;
+    words("config.init", &config.init)?;
+    if config
+        .init
+        .first()
+        .is_some_and(|init| !init.starts_with('/'))
+    {
+        return Err(NativeError::invalid(
+            "config.init[0]",
+            &config.init[0],
+            "an absolute path",
+        ));
+    }
+    edge::text("config.handler", &config.handler, 128)?;
+    let limits = config.resources.clone().unwrap_or_default();
+    if limits.oom_score_adj != 0 {
+        return Err(NativeError::invalid(
+            "config.resources.oom_score_adj",
+            limits.oom_score_adj,
+            "0: an init sets those of its services by itself",
+        ));
+    }
+    let autostart = config.autostart.unwrap_or_default();
+    Ok(SystemConfig {
+        name: config.name.clone(),
+        image: config.image.clone(),
+        hostname: match config.hostname.as_str() {
+            "" => config.name.clone(),
+            hostname => hostname.to_owned(),
+        },
+        labels: config.labels.clone().into_iter().collect(),
+        resources: resources(&limits)?,
+        mounts: config
+            .mounts
+            .iter()
+            .enumerate()
+            .map(|(index, mount)| self::mount(mount, &format!("config.mounts[{index}]")))
+            .collect::<Parsed<_>>()?,
+        network,
+        dns: config.dns.as_ref().map(dns).transpose()?,
+        init: config.init.clone(),
+        halt_signal: match config.halt_signal.as_str() {
+            "" => None,
+            text => Some(signal_number("config.halt_signal", text)?),
+        },
+        stop_timeout: optional_duration("config.stop_timeout", config.stop_timeout.as_ref())?
+            .unwrap_or(SYSTEM_STOP_TIMEOUT),
+        autostart: Autostart {
+            enabled: autostart.enabled,
+            order: autostart.order,
+            delay: optional_duration("config.autostart.delay", autostart.delay.as_ref())?
+                .unwrap_or_default(),
+        },
+        handler: config.handler.clone(),
+        idempotency_key: String::new(),
+        request: keep(&system_without_maps(config).0),
+    })
+}
+
+/// A state in a filter.
+pub(super) fn system_state(value: i32) -> Parsed<Option<pb::SystemState>> {
+    match pb::SystemState::try_from(value) {
+        Ok(pb::SystemState::Unspecified) => Ok(None),
+        Ok(state) => Ok(Some(state)),
+        Err(_) => unknown_value("state", value, "SystemState"),
+    }
 }
 
 /// The name of an image: id, beginning of one, or reference.
@@ -1241,6 +1341,7 @@ pub(super) fn attach(start: &pb::AttachStart) -> Parsed<AttachWish> {
         stdin: start.stdin,
         stdout: true,
         stderr: true,
+        replay: start.replay,
         size: start
             .terminal_size
             .map(|size| terminal_size("start.terminal_size", size))

@@ -22,6 +22,7 @@ use crate::{
         container::{Container, ContainerState, Exit, ExitReason},
         sandbox::{PidMode, Sandbox, SandboxState},
         session::SessionExit,
+        system::{Autostart, System, SystemState, SystemUse, SystemView},
     },
     network::{Mode, PortMapping, Protocol},
     node::{check, fsck},
@@ -466,6 +467,119 @@ pub(super) fn pulled(pulled: &Pulled) -> pb::PulledImage {
     }
 }
 
+/// How a system container stands.
+pub(super) fn system_state(state: &SystemState) -> pb::SystemState {
+    match state {
+        SystemState::Stopped => pb::SystemState::Stopped,
+        SystemState::Starting => pb::SystemState::Starting,
+        SystemState::Running { .. } => pb::SystemState::Running,
+        SystemState::Stopping => pb::SystemState::Stopping,
+        SystemState::Frozen { .. } => pb::SystemState::Frozen,
+    }
+}
+
+/// A system container.
+pub(super) fn system(view: &SystemView) -> pb::System {
+    let system = &view.system;
+    let config = &system.config;
+    let (pid, since) = match view.state {
+        SystemState::Running { pid, since } | SystemState::Frozen { pid, since } => {
+            (u32::try_from(pid).unwrap_or(0), Some(timestamp(since)))
+        }
+        _ => (0, None),
+    };
+    let sandbox = view.sandbox.as_ref().filter(|sandbox| sandbox.is_ready());
+    let attachment = sandbox.and_then(|sandbox| sandbox.attachment.as_ref());
+    let text = |ip: &std::net::IpAddr| ip.to_string();
+    pb::System {
+        id: system.id.to_string(),
+        name: config.name.clone(),
+        state: system_state(&view.state).into(),
+        pid,
+        addresses: attachment
+            .iter()
+            .flat_map(|attachment| &attachment.addresses)
+            .map(|net| net.addr().to_string())
+            .collect(),
+        gateways: attachment
+            .iter()
+            .flat_map(|attachment| &attachment.gateways)
+            .map(text)
+            .collect(),
+        mac: attachment
+            .and_then(|attachment| attachment.mac)
+            .map(|mac| mac.to_string())
+            .unwrap_or_default(),
+        host_interface: attachment
+            .map(|attachment| attachment.host_interface.clone())
+            .unwrap_or_default(),
+        sandbox_id: sandbox.map(|one| one.id.to_string()).unwrap_or_default(),
+        container_id: view
+            .container
+            .as_ref()
+            .map(|container| container.id.to_string())
+            .unwrap_or_default(),
+        image: config.image.clone(),
+        image_id: system.image_id.to_string(),
+        created_at: Some(timestamp(system.created_at)),
+        started_at: since,
+        autostart: Some(autostart(&config.autostart)),
+        ids: Some(pb::IdRange {
+            first_uid: system.ids.host_uid,
+            first_gid: system.ids.host_gid,
+            length: system.ids.length,
+            shared: system.shares_ids,
+        }),
+        labels: map(&config.labels),
+        starts: system.starts,
+        last_exit: system.last_exit.as_ref().map(exit),
+        last_exit_at: system
+            .last_exit
+            .as_ref()
+            .map(|exit| timestamp(exit.finished_at)),
+    }
+}
+
+fn autostart(autostart: &Autostart) -> pb::Autostart {
+    pb::Autostart {
+        enabled: autostart.enabled,
+        order: autostart.order,
+        delay: prost_types::Duration::try_from(autostart.delay).ok(),
+    }
+}
+
+/// How a system container was wished, with the defaults that were chosen.
+pub(super) fn system_config(system: &System) -> pb::SystemConfig {
+    let wished: pb::SystemConfig = parse::kept(&system.config.request);
+    pb::SystemConfig {
+        hostname: system.config.hostname.clone(),
+        labels: map(&system.config.labels),
+        init: system.init.clone(),
+        stop_timeout: prost_types::Duration::try_from(system.config.stop_timeout).ok(),
+        autostart: Some(autostart(&system.config.autostart)),
+        handler: handler(&system.config.handler),
+        ..wished
+    }
+}
+
+/// What a system container uses.
+pub(super) fn system_usage(usage: &SystemUse) -> pb::SystemUsage {
+    let cgroup = &usage.cgroup;
+    let link = usage.interface.unwrap_or_default();
+    pb::SystemUsage {
+        cpu_ns: cgroup.stats.cpu_usage_ns,
+        disk_read_bytes: cgroup.io.iter().map(|disk| disk.read_bytes).sum(),
+        disk_write_bytes: cgroup.io.iter().map(|disk| disk.write_bytes).sum(),
+        memory_bytes: cgroup.stats.memory_usage_bytes,
+        kernel_memory_bytes: cgroup.memory_kernel_bytes,
+        swap_bytes: cgroup.stats.swap_usage_bytes.unwrap_or(0),
+        tasks: cgroup.stats.tasks,
+        tx_bytes: link.tx_bytes,
+        rx_bytes: link.rx_bytes,
+        written_bytes: usage.disk.bytes,
+    }
+}
+
 /// The kind of an event; none for those that this protocol does not have.
 pub(super) fn event_kind(kind: EventKind) -> Option<pb::EventKind> {
     Some(match kind {
@@ -487,6 +601,11 @@ pub(super) fn event_kind(kind: EventKind) -> Option<pb::EventKind> {
         EventKind::ImageRemoved => pb::EventKind::ImageRemoved,
         EventKind::NetworkCreated => pb::EventKind::NetworkCreated,
         EventKind::NetworkDeleted => pb::EventKind::NetworkDeleted,
+        EventKind::SystemCreated => pb::EventKind::SystemCreated,
+        EventKind::SystemStarted => pb::EventKind::SystemStarted,
+        EventKind::SystemRebooted => pb::EventKind::SystemRebooted,
+        EventKind::SystemStopped => pb::EventKind::SystemStopped,
+        EventKind::SystemRemoved => pb::EventKind::SystemRemoved,
     })
 }
 

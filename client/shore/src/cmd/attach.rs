@@ -41,12 +41,18 @@ pub(crate) async fn connect(
     stdin: bool,
     terminal_size: Option<TerminalSize>,
 ) -> Result<Connection, Error> {
-    let (inputs, queue) = session::inputs();
     let start = AttachStart {
         container_id: id.to_owned(),
         stdin,
         terminal_size,
+        replay: false,
     };
+    begin(client, start).await
+}
+
+/// The same, with all that can be said.
+pub(crate) async fn begin(client: &Client, start: AttachStart) -> Result<Connection, Error> {
+    let (inputs, queue) = session::inputs();
     let start = futures_util::stream::iter([attach_request::Frame::Start(start)]);
     let requests = start
         .chain(ReceiverStream::new(queue).map(request))

@@ -7,7 +7,7 @@ use clap::Args;
 use clap_complete::engine::ArgValueCompleter;
 use futures_util::StreamExt as _;
 use longshore_client::{
-    Error,
+    Client, Error,
     proto::{CloseStdin, ExecRequest, ExecStart, TerminalSize, exec_request, exec_response},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -85,33 +85,43 @@ impl Exec {
                 .map(|(columns, rows)| TerminalSize { columns, rows }),
             timeout: self.timeout.map(human::wire_duration),
         };
-        let (inputs, queue) = session::inputs();
-        let start = futures_util::stream::iter([exec_request::Frame::Start(start)]);
-        let requests = start
-            .chain(ReceiverStream::new(queue).map(request))
-            .map(|frame| ExecRequest { frame: Some(frame) });
-        let mut lifecycle = client.lifecycle();
-        let answers = client.call(lifecycle.exec(requests)).await?;
-        let outputs = answers.map(|answer| {
-            let answer = answer.map_err(|status| Error::from_status(client.address(), status))?;
-            Ok(chunk(answer.frame, self.timeout))
-        });
-        let session = Session {
-            stdin: self.interactive,
-            tty: self.tty,
-            // Leaving a command kills it: there is nothing to come back to.
-            detach: DetachKeys::none(),
-            signals: None,
-        };
-        match session.run(inputs, outputs).await? {
-            End::Exited(code) => Ok(ExitCode::of_process(code)),
-            End::Interrupted(signal) => Ok(ExitCode::of_process(128 + signal)),
-            End::Closed | End::Detached => Err(Error::Incomplete {
-                address: client.address().clone(),
-                expected: "the command had ended",
-            }
-            .into()),
+        run_in(&client, start, self.timeout).await
+    }
+}
+
+/// Runs a command in a container, joined to what `shore` itself is joined to.
+pub(crate) async fn run_in(
+    client: &Client,
+    start: ExecStart,
+    timeout: Option<Duration>,
+) -> Result<ExitCode> {
+    let (tty, stdin) = (start.tty, start.stdin);
+    let (inputs, queue) = session::inputs();
+    let start = futures_util::stream::iter([exec_request::Frame::Start(start)]);
+    let requests = start
+        .chain(ReceiverStream::new(queue).map(request))
+        .map(|frame| ExecRequest { frame: Some(frame) });
+    let mut lifecycle = client.lifecycle();
+    let answers = client.call(lifecycle.exec(requests)).await?;
+    let outputs = answers.map(|answer| {
+        let answer = answer.map_err(|status| Error::from_status(client.address(), status))?;
+        Ok(chunk(answer.frame, timeout))
+    });
+    let session = Session {
+        stdin,
+        tty,
+        // Leaving a command kills it: there is nothing to come back to.
+        detach: DetachKeys::none(),
+        signals: None,
+    };
+    match session.run(inputs, outputs).await? {
+        End::Exited(code) => Ok(ExitCode::of_process(code)),
+        End::Interrupted(signal) => Ok(ExitCode::of_process(128 + signal)),
+        End::Closed | End::Detached => Err(Error::Incomplete {
+            address: client.address().clone(),
+            expected: "the command had ended",
         }
+        .into()),
     }
 }
 

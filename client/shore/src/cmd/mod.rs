@@ -14,6 +14,7 @@ mod operation;
 mod pod;
 mod run;
 mod stats;
+mod system;
 mod target;
 
 use std::future::Future;
@@ -100,6 +101,8 @@ pub(crate) enum Command {
     /// Remove images that nothing uses
     Prune(image::Prune),
 
+    /// Run whole systems: a distribution's own init, with an address and a console
+    System(system::System),
     /// List networks and who has which addresses
     Network(network::Network),
     /// Show and control what the agent is doing
@@ -139,6 +142,7 @@ impl Command {
             Self::Tag(command) => command.run(app).await,
             Self::Rmi(command) => command.run(app).await,
             Self::Prune(command) => command.run(app).await,
+            Self::System(command) => command.run(app).await,
             Self::Network(command) => command.run(app).await,
             Self::Operations(command) => command.run(app).await,
             Self::Info(command) => command.run(app).await,
@@ -195,6 +199,10 @@ mod tests {
             "shore stop -t 5 web db",
             "shore kill -s HUP web",
             "shore events --all -k container-exited",
+            "shore system create web debian:12 -m 512m --autostart",
+            "shore system exec web -- ls -l",
+            "shore system ls -f",
+            "shore system stop -t 5 web db",
         ] {
             Cli::try_parse_from(words.split(' ')).expect(words);
         }

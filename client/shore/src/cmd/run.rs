@@ -518,7 +518,7 @@ pub(crate) fn handed_over(pairs: Vec<Pair>) -> HashMap<String, String> {
         .collect()
 }
 
-fn port(publish: &Publish) -> PortMapping {
+pub(super) fn port(publish: &Publish) -> PortMapping {
     let protocol = match publish.protocol {
         Protocol::Tcp => proto::Protocol::Tcp,
         Protocol::Udp => proto::Protocol::Udp,
@@ -532,7 +532,7 @@ fn port(publish: &Publish) -> PortMapping {
     }
 }
 
-fn bind(volume: &Volume) -> proto::Mount {
+pub(super) fn bind(volume: &Volume) -> proto::Mount {
     let propagation = match volume.propagation {
         Propagation::Private => MountPropagation::Private,
         Propagation::HostToContainer => MountPropagation::HostToContainer,

@@ -106,6 +106,7 @@ impl Command {
                     stdin: grant.stdin,
                     stdout: grant.stdout,
                     stderr: grant.stderr,
+                    replay: false,
                     size,
                 };
                 lifecycle
