@@ -201,8 +201,13 @@ async fn ask(program: &Path) -> io::Result<Vec<u8>> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
+        .process_group(0)
         .kill_on_drop(true)
         .spawn()?;
+    // Not reaped yet, so the number is its own.
+    let group = child
+        .id()
+        .and_then(|id| rustix::process::Pid::from_raw(id.cast_signed()));
     let stdout = child.stdout.take().expect("piped above");
     let saying = async {
         let mut said = Vec::new();
@@ -214,9 +219,14 @@ async fn ask(program: &Path) -> io::Result<Vec<u8>> {
             Err(io::Error::other(status.to_string()))
         }
     };
-    timeout(PATIENCE, saying)
-        .await
-        .map_err(|_| io::ErrorKind::TimedOut)?
+    let in_time = timeout(PATIENCE, saying).await;
+    if in_time.is_err()
+        && let Some(group) = group
+    {
+        // What it has started keeps us waiting, or would outlive it.
+        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+    }
+    in_time.map_err(|_| io::ErrorKind::TimedOut)?
 }
 
 /// Source: OCI runtime specification, features.md.
@@ -304,5 +314,26 @@ mod tests {
             let features = found.get("mine").expect("is known").features().await;
             assert_eq!(features.recursive_readonly, expected, "{script}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_runtime_that_does_not_answer_is_ended_with_what_it_started() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let note = dir.path().join("started");
+        let script = format!("sleep 1000 & echo $! > {}; wait", note.display());
+        let path = program(dir.path(), "mine", &script);
+        let found = Runtimes::find(&config("mine", Some(&path))).expect("found");
+        let features = found.get("mine").expect("is known").features().await;
+        assert_eq!(features, Features::default());
+        let started = fs::read_to_string(&note).expect("it began");
+        let command = format!("/proc/{}/cmdline", started.trim());
+        for _ in 0..500 {
+            // A zombie has none.
+            if fs::read(&command).unwrap_or_default().is_empty() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{command} is still there");
     }
 }
