@@ -18,6 +18,7 @@ const LONGSHORE: &[&str] = &[
     "longshore/v1/network.proto",
     "longshore/v1/node.proto",
     "longshore/v1/operation.proto",
+    "longshore/v1/system.proto",
 ];
 
 /// Files of one API, with comments.
