@@ -257,7 +257,7 @@ fn lists_of_longshore_have_pages_and_changes_have_idempotency_keys() {
     // Calls that change something; the streams Exec and Attach cannot be repeated.
     let changes = [
         "Run", "Stop", "Remove", "Create", "Start", "Signal", "Pull", "Tag", "Prune", "Cancel",
-        "Fsck",
+        "Fsck", "Restart", "Freeze", "Unfreeze",
     ];
     for (service, messages) in services() {
         for method in &service.method {
