@@ -892,10 +892,12 @@ fn execs_tell_their_exit_and_their_failure() {
         "not started yet"
     );
     pod.start("c").expect("start");
+    // The first process is a shell for a moment.
     let (exited, text) = pod.exec(
         "c",
         2,
-        "echo hello; hostname; ps -o comm | grep -c '^sleep$'; exit 5",
+        "until ps -o comm | grep -q '^sleep$'; do :; done; \
+         echo hello; hostname; ps -o comm | grep -c '^sleep$'; exit 5",
         0,
     );
     assert_eq!((exited.status.code, exited.timed_out), (5, false));
